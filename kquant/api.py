@@ -1,0 +1,142 @@
+"""The public entry points: `quantize_model`, `plan`, and the three quantizers in their classic form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kquant.core.calibration import calibrate
+from kquant.core.config import Candidate, Entry, match, parse
+from kquant.core.errors import ConfigError, ModelError, nearest
+from kquant.core.graph import Graph
+from kquant.core.int8_spec import ROWS
+from kquant.core.placement import place
+from kquant.core.plan import Plan
+
+TARGETS = ("tflite",)
+OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
+
+
+def front_end(model: Any) -> Any:
+    """The front end module for a model.
+
+    Raises:
+        ModelError: not a model that kquant reads, saying which kind it is.
+    """
+    roots = {c.__module__.split(".")[0] for c in type(model).__mro__}
+    if "keras" in roots:
+        from kquant import keras3
+
+        return keras3
+    known = {"tf_keras": "a tf_keras (Keras 2) model", "torch": "a PyTorch module; kquant_torch is for these"}
+    what = next((text for root, text in known.items() if root in roots), type(model).__name__)
+    raise ModelError("model", "a built Keras 3 model", what)
+
+
+def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str, Entry | None]:
+    candidates = [
+        Candidate(op.id, op.attrs.get("aliases", (op.layer,)), op.type_name, True) for op in graph.ops
+    ]
+    return match(parse(config_list, quantizer=quantizer), candidates)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}")
+
+
+def plan(model: Any, config_list: Any = None, *, quantizer: str | None = None, target: str = "tflite") -> Plan:
+    """What `quantize_model` would do, before anything happens.
+
+    Args:
+        model: a built Keras 3 model.
+        config_list: see the README; None is 8 bits everywhere.
+        quantizer: the quantizer that the entries imply, or None.
+        target: `"tflite"`.
+
+    Returns:
+        A `Plan`; print it for a table, or call `to_dict()`.
+    """
+    _check_choice("target", target, TARGETS)
+    graph = front_end(model).read(model)
+    return place(graph, _entries(graph, config_list, quantizer))
+
+
+def quantize_model(
+    model: Any,
+    config_list: Any = None,
+    *,
+    calibration_data: Any = None,
+    observer: str = "auto",
+    target: str = "tflite",
+) -> Any:
+    """Quantize a float Keras model for training.
+
+    Args:
+        model: a built `keras.Model`; it is not changed.
+        config_list: which layers are quantized how; None is `[{"q_bits": 8, "op_types": ["default"]}]`.
+        calibration_data: samples (an array) or batches (an iterable). With it the ranges are set before the first step,
+            so the untrained model already has post-training-quantization accuracy.
+        observer: how calibration picks ranges: `"auto"` (min-max; MSE at 4 bits and less), `"minmax"`, `"percentile"`,
+            `"mse"`, `"ema"`.
+        target: `"tflite"`.
+
+    Returns:
+        An ordinary `keras.Model`: compile it, fit it, save it, and hand it to `export_tflite`.
+
+    Raises:
+        ConfigError, ModelError, UnsupportedError, CalibrationError: each says where, what was expected and what to do.
+    """
+    return _quantize(model, config_list, None, calibration_data, observer, target)
+
+
+def _quantize(
+    model: Any, config_list: Any, quantizer: str | None, calibration_data: Any, observer: str, target: str
+) -> Any:
+    _check_choice("observer", observer, OBSERVERS)
+    _check_choice("target", target, TARGETS)
+    front = front_end(model)
+    graph = front.read(model)
+    if any("quantizer" in op.attrs for op in graph.ops):
+        raise ModelError(f"model {graph.name!r}", "a float model", "a model that kquant already quantized")
+    made = place(graph, _entries(graph, config_list, quantizer))
+    if not any(op.kind in ROWS and ROWS[op.kind].placement.value != "identity" for op in graph.ops):
+        raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
+    quantized = front.attach(made, model)
+    if calibration_data is not None:
+        exact = front.as_float32(quantized)
+        calibrate(front.read(exact), calibration_data, observer)
+        if exact is not quantized:
+            quantized.set_weights(exact.get_weights())
+    return quantized
+
+
+class _Quantizer:
+    """The classic form: a quantizer made from a config, then called on a model."""
+
+    kind = ""
+
+    def __init__(self, config_list: Any = None):
+        parse(config_list, quantizer=self.kind)
+        self.config_list = config_list
+
+    def __call__(self, model: Any, calibration_data: Any = None, observer: str = "auto") -> Any:
+        """The trainable quantized model; see `quantize_model`."""
+        return _quantize(model, self.config_list, self.kind, calibration_data, observer, "tflite")
+
+
+class NaiveQuantizer(_Quantizer):
+    """Weights by their current max|w| per channel, ranges from calibration or the first training batch."""
+
+    kind = "naive"
+
+
+class QAT_Quantizer(_Quantizer):
+    """Quantization-aware training after Jacob et al. 2018 (arXiv:1712.05877)."""
+
+    kind = "qat"
+
+
+class DoReFaQuantizer(_Quantizer):
+    """DoReFa-Net (Zhou et al. 2016, arXiv:1606.06160): low-bit weights, activations and gradients."""
+
+    kind = "dorefa"

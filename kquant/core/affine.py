@@ -1,0 +1,115 @@
+"""Affine quantization: `real = (code - zero_point) * scale`, and the one rounding used everywhere.
+
+Formulas take an array namespace `xp` (numpy, `keras.ops`, or a shim with the same few functions), so each stands once.
+Every rounding in kquant is **half up**, `floor(x + 0.5)`, which is what TensorFlow's fake-quantization kernels do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kquant.core.errors import RangeError
+
+SMALLEST_SCALE = np.float32(1e-30)
+LARGEST_SCALE = np.float32(1e30)
+INT8_MAX = 127
+INT16_MAX = 32767
+
+
+def round_half_up(x: Any, xp: Any = np) -> Any:
+    """`floor(x + 0.5)`, elementwise; ties go towards plus infinity.
+
+    Example:
+        >>> round_half_up(np.array([-1.5, -0.5, 0.5, 1.5]))
+        array([-1.,  0.,  1.,  2.])
+    """
+    return xp.floor(x + 0.5)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Scale and zero point of an activation tensor as it lies in an integer tensor of the artifact.
+
+    `bits` of 2..8 occupy the top of int8, codes `128 - 2**bits .. 127` (saturation placement: the kernel's own
+    saturation is then the upper clamp); 16 bits are int16, symmetric.
+
+    Example:
+        >>> Affine.of_range(np.float32(0.0), np.float32(1.5), 4)
+        Affine(scale=np.float32(0.1), zero_point=112, bits=4)
+    """
+
+    scale: np.float32
+    zero_point: int
+    bits: int
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code."""
+        return -INT16_MAX if self.bits == 16 else 128 - 2**self.bits
+
+    @property
+    def qmax(self) -> int:
+        """The highest code."""
+        return INT16_MAX if self.bits == 16 else INT8_MAX
+
+    @property
+    def dtype(self) -> str:
+        """The integer dtype of the artifact's tensor."""
+        return "int16" if self.bits == 16 else "int8"
+
+    @classmethod
+    def of_range(cls, low: np.float32, high: np.float32, bits: int, name: str = "tensor") -> Affine:
+        """The parameters for a float range that holds zero, nudged so that zero is a code.
+
+        Args:
+            low, high: the range, `low <= 0 <= high`, float32.
+            bits: 1..8, or 16 for a symmetric int16 tensor.
+            name: the tensor, for the error.
+
+        Returns:
+            The parameters; scale and nudge are computed in float32 exactly as TensorFlow's
+            `FakeQuantWithMinMaxVars` computes them (tensorflow/core/kernels/fake_quant_ops_functor.h).
+
+        Raises:
+            RangeError: a range that is not finite, or whose scale leaves what a float32 multiplier can hold.
+        """
+        low, high = np.float32(low), np.float32(high)
+        if bits == 16:
+            scale = np.float32(max(-low, high) / np.float32(INT16_MAX))
+            zero_point = 0
+        else:
+            levels = np.float32(2**bits - 1)
+            scale = np.float32((high - low) / levels)
+            unsigned = 0.0 if low == 0 or scale == 0 else float(np.float32(0.0) - low / scale)
+            zero_point = int(min(max(np.floor(unsigned + 0.5), 0), 2**bits - 1)) + 128 - 2**bits
+        if scale == 0:  # a tensor that is constantly zero: any scale holds it exactly
+            scale = np.float32(1.0)
+        if not np.isfinite(scale) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+            raise RangeError(
+                f"tensor {name!r}",
+                f"its range must give a scale between {SMALLEST_SCALE:.0e} and {LARGEST_SCALE:.0e}",
+                f"range [{low}, {high}] at {bits} bits",
+                "Scale the values of this tensor, or leave its layer in float with `exclude`",
+            )
+        return cls(scale, zero_point, bits)
+
+    def quantize(self, x: np.ndarray) -> np.ndarray:
+        """Codes of `x` (any shape, float) in the integer dtype, rounded half up and saturated."""
+        codes = round_half_up(np.asarray(x, np.float64) / np.float64(self.scale)) + self.zero_point
+        return np.clip(codes, self.qmin, self.qmax).astype(self.dtype)
+
+    def dequantize(self, codes: np.ndarray) -> np.ndarray:
+        """Float32 values of integer `codes`."""
+        return ((codes.astype(np.int32) - self.zero_point) * self.scale).astype(np.float32)
+
+
+def fake_quantize(x: Any, scale: Any, zero_point: Any, qmin: float, qmax: float, xp: Any = np) -> Any:
+    """Quantize and dequantize: `(clip(floor(x/scale + 0.5) + zero_point, qmin, qmax) - zero_point) * scale`.
+
+    Source: Jacob et al. 2018, equation 12, with half-up rounding.
+    """
+    codes = xp.clip(round_half_up(x / scale, xp) + zero_point, qmin, qmax)
+    return (codes - zero_point) * scale

@@ -1,0 +1,134 @@
+"""Calibration: set every observed range of a quantized model from data, before the first training step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from kquant.core.errors import CalibrationError
+from kquant.core.graph import Graph, Op, walk
+from kquant.core.observers import Observer, make_observer
+
+BATCH = 32  # samples of an array that are run at a time
+
+
+def batches(data: Any, graph: Graph) -> Iterator[dict[str, np.ndarray]]:
+    """Feeds for a graph's inputs from what a user hands over.
+
+    Args:
+        data: an array of samples; or a list or another iterable of batches, each an array, a list or tuple of inputs, a
+            dict by input name, or `(x, y[, w])`, of which x is used. It is consumed once.
+        graph: the graph to feed.
+
+    Raises:
+        CalibrationError: a batch of the wrong structure, shape or dtype, with NaN or infinity, or no batch at all.
+    """
+    if hasattr(data, "shape") and hasattr(data, "dtype"):
+        array = np.asarray(data)
+        data = [array[i : i + BATCH] for i in range(0, len(array), BATCH)] if array.ndim else [array]
+    elif isinstance(data, Mapping) and len(graph.inputs) >= 1:
+        length = len(next(iter(data.values()), ()))
+        data = [{k: v[i : i + BATCH] for k, v in data.items()} for i in range(0, length, BATCH)]
+    if not isinstance(data, Iterable):
+        raise CalibrationError("calibration data", "an array of samples or an iterable of batches", type(data).__name__)
+    count = 0
+    for index, batch in enumerate(data):
+        yield _feeds(batch, graph, f"calibration batch {index}")
+        count += 1
+    if not count:
+        raise CalibrationError(
+            "calibration data", "at least one batch", "none", "An iterator that was already used up gives none"
+        )
+
+
+def _feeds(batch: Any, graph: Graph, where: str) -> dict[str, np.ndarray]:
+    names = graph.inputs
+    if isinstance(batch, (tuple, list)) and len(names) > 1 and len(batch) == len(names):
+        values = list(batch)
+    else:
+        x = batch[0] if isinstance(batch, tuple) and 1 <= len(batch) <= 3 else batch
+        if isinstance(x, Mapping):
+            missing = [n for n in graph.input_names if n not in x]
+            if missing:
+                raise CalibrationError(where, f"a value for every input {list(graph.input_names)}", list(x))
+            values = [x[n] for n in graph.input_names]
+        else:
+            values = list(x) if isinstance(x, (list, tuple)) and len(x) == len(names) and len(names) > 1 else [x]
+    if len(values) != len(names):
+        raise CalibrationError(where, f"{len(names)} inputs", f"{len(values)}")
+    return {n: _array(v, graph, n, where) for n, v in zip(names, values, strict=True)}
+
+
+def _array(value: Any, graph: Graph, name: str, where: str) -> np.ndarray:
+    tensor = graph.tensors[name]
+    try:
+        array = np.asarray(value)
+        array = array.astype(tensor.dtype, copy=False)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(where, f"numbers for input {name!r}", str(error)) from error
+    fits = array.ndim == len(tensor.shape) and all(
+        want is None or have == want for have, want in zip(array.shape[1:], tensor.shape[1:], strict=True)
+    )
+    if not fits:
+        raise CalibrationError(where, f"input {name!r} of shape {tensor.shape} (None: any)", f"shape {array.shape}")
+    if array.shape[0] == 0:
+        raise CalibrationError(where, "at least one sample", f"shape {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise CalibrationError(where, f"finite values for input {name!r}", "NaN or infinity")
+    return array
+
+
+def calibrate(graph: Graph, data: Any, observer: str = "auto") -> None:
+    """Set the ranges of a quantized model's graph from data.
+
+    The model runs in inference mode on quantized weights and unquantized activations, op by op.
+
+    Args:
+        graph: a quantized model that was read; its `fake_quant` ops hold the quantizers.
+        data: see `batches`.
+        observer: `"auto"` (min-max; MSE at 4 bits and less), `"minmax"`, `"percentile"`, `"mse"` or `"ema"`.
+    """
+    watchers: dict[tuple[str, int], Observer] = {}
+    clipped: dict[str, list[int]] = {}
+
+    def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
+        if op.kind != "fake_quant":
+            return None
+        quantizer, site = op.attrs["quantizer"], op.attrs["site"]
+        if site is not None:
+            key = (op.attrs["spec"], site)
+            if key not in watchers:
+                watchers[key] = make_observer(observer, quantizer.bits, quantizer.symmetric, quantizer.nonneg)
+            watchers[key].update(np.asarray(inputs[0], np.float32), op.inputs[0])
+        elif op.attrs.get("unit"):
+            values = np.asarray(inputs[0])
+            tally = clipped.setdefault(op.inputs[0], [0, 0])
+            tally[0] += int((values > 1).sum())
+            tally[1] += values.size
+            return None
+        return inputs
+
+    for feeds in batches(data, graph):
+        walk(graph, feeds, visit)
+    for op in graph.ops:
+        if op.kind == "fake_quant" and op.attrs["site"] is not None:
+            key = (op.attrs["spec"], op.attrs["site"])
+            if key in watchers:
+                op.attrs["quantizer"].set_range(*watchers[key].range(op.inputs[0]), op.attrs["site"])
+    _warn_clipped(clipped)
+
+
+def _warn_clipped(clipped: dict[str, list[int]]) -> None:
+    """DoReFa clips activations to [0, 1]: tell a pretrained net's owner how much that cuts off."""
+    over = {name: above / total for name, (above, total) in clipped.items() if above}
+    if over:
+        worst = max(over, key=over.__getitem__)
+        warnings.warn(
+            f"DoReFa clips activations to [0, 1]; in calibration {sum(v[0] for v in clipped.values())} of "
+            f"{sum(v[1] for v in clipped.values())} values exceeded 1 (most in {worst!r}: {over[worst]:.1%}). "
+            "A pretrained network needs training, or smaller activations.",
+            stacklevel=4,
+        )

@@ -1,0 +1,129 @@
+"""The integer specification as a table: one row per op kind, with its placement, its target op and its measured bound.
+
+Sources. `spec`: the TensorFlow Lite 8-bit quantization specification (fixed output parameters, ops whose input and
+output scales must be equal, per-axis weights). `measured`: all 256 codes or 65,536 code pairs through the stock
+kernels. `bound` is the largest distance, in codes, between an artifact's code and the exact unrounded result of the op
+on the artifact's own inputs; 0.5 is perfect rounding, and 0.6 is what a row has unless its kernel is known to be coarser.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kquant.core.affine import Affine
+
+
+class Placement(enum.Enum):
+    """How the range of an op's output comes about."""
+
+    FREE = "free"  # a range of its own
+    FIXED = "fixed"  # parameters that the kernel prescribes
+    SHARED = "shared"  # the same scale and zero point in and out
+    IDENTITY = "identity"  # no op at all in the artifact
+
+
+EXACT = 0.6  # the contract: 0.5 is perfect rounding, the rest is the kernel's fixed-point multiplier
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op kind.
+
+    Args:
+        kind: the name that front ends read into.
+        placement: how the output's range comes about.
+        target: the TFLite builtin op, or "" where a lowering function composes several.
+        version: the op version written for int8.
+        options: the options class of the schema.
+        weighted: has a kernel quantized per output channel.
+        int4: the kernel runs on int4 weights.
+        int16: the int16 kernel keeps `bound`.
+        fuses_norm: a following batch norm folds into the kernel.
+        fuses_relu: a following ReLU family op is the kernel's fused activation.
+        rounds: a SHARED op that computes new values and rounds them to the grid.
+        fixed: the output's parameters at 8 bits, for FIXED rows.
+        symmetric_inputs: indices of operands whose zero point must be 0.
+        bound: largest measured distance to the exact unrounded code.
+    """
+
+    kind: str
+    placement: Placement
+    target: str = ""
+    version: int = 1
+    options: str = ""
+    weighted: bool = False
+    int4: bool = False
+    int16: bool = False
+    fuses_norm: bool = False
+    fuses_relu: bool = False
+    rounds: bool = False
+    fixed: Affine | None = None
+    symmetric_inputs: tuple[int, ...] = ()
+    bound: float = EXACT
+    nonneg: bool = field(default=False)
+
+
+def _weighted(kind: str, target: str, version: int, options: str, **more: bool) -> Row:
+    flags = {"int16": True, "fuses_norm": True, "fuses_relu": True, **more}
+    return Row(kind, Placement.FREE, target, version, options, weighted=True, **flags)  # type: ignore[arg-type]
+
+
+def _shared(kind: str, target: str = "", version: int = 1, options: str = "", **more: bool) -> Row:
+    return Row(kind, Placement.SHARED, target, version, options, int16=True, **more)  # type: ignore[arg-type]
+
+
+def _fixed(kind: str, target: str, options: str, scale: float, zero_point: int, bound: float, nonneg: bool) -> Row:
+    affine = Affine(np.float32(scale), zero_point, 8)
+    return Row(kind, Placement.FIXED, target, 2, options, fixed=affine, bound=bound, nonneg=nonneg)
+
+
+FREE = Placement.FREE
+
+ROWS: dict[str, Row] = {
+    row.kind: row
+    for row in (
+        # Weighted ops. Per-axis weights: spec, section "Per-axis vs per-tensor"; int4 versions: measured.
+        _weighted("conv2d", "CONV_2D", 3, "Conv2DOptions", int4=True),
+        _weighted("depthwise_conv2d", "DEPTHWISE_CONV_2D", 3, "DepthwiseConv2DOptions", int4=True),
+        _weighted("conv2d_transpose", "TRANSPOSE_CONV", 3, "TransposeConvOptions", int16=False),
+        _weighted("dense", "FULLY_CONNECTED", 4, "FullyConnectedOptions", int4=True),
+        _weighted("channel_affine", "DEPTHWISE_CONV_2D", 3, "DepthwiseConv2DOptions", fuses_norm=False),
+        _weighted("embedding", "GATHER", 2, "GatherOptions", fuses_norm=False, fuses_relu=False),
+        # Arithmetic. Rank <= 6; fused activations.
+        Row("add", FREE, "ADD", 2, "AddOptions", fuses_relu=True, int16=True, bound=0.65),
+        Row("sub", FREE, "SUB", 2, "SubOptions", fuses_relu=True, int16=True, bound=0.65),
+        Row("mul", FREE, "MUL", 2, "MulOptions", fuses_relu=True, int16=True),
+        Row("batch_matmul", FREE, "BATCH_MATMUL", 4, "BatchMatMulOptions", symmetric_inputs=(1,), int16=True),
+        Row("mean", FREE, "MEAN", 2, "ReducerOptions", int16=True),
+        Row("sum", FREE, "SUM", 2, "ReducerOptions"),
+        Row("elementwise", FREE),  # a native kernel where one keeps the contract, else the exact 256-entry table
+        Row("prelu", FREE, "PRELU", 1, "", bound=1.0),
+        # Fixed output parameters: spec, "Tensorflow Lite specification for 8-bit".
+        _fixed("softmax", "SOFTMAX", "SoftmaxOptions", 1 / 256, -128, 1.0, True),
+        _fixed("sigmoid", "LOGISTIC", "", 1 / 256, -128, EXACT, True),
+        _fixed("tanh", "TANH", "", 1 / 128, 0, EXACT, False),
+        # Equal scales in and out: spec, the ops with the same-scale restriction.
+        _shared("relu", "RELU"),
+        _shared("max_pool2d", "MAX_POOL_2D", 2, "Pool2DOptions"),
+        _shared("avg_pool2d", "AVERAGE_POOL_2D", 2, "Pool2DOptions", rounds=True, fuses_relu=True),
+        _shared("concat", "CONCATENATION", 2, "ConcatenationOptions"),
+        _shared("maximum", "MAXIMUM", 2, "MaximumMinimumOptions"),
+        _shared("minimum", "MINIMUM", 2, "MaximumMinimumOptions"),
+        _shared("reduce_max", "REDUCE_MAX", 2, "ReducerOptions"),
+        _shared("reduce_min", "REDUCE_MIN", 2, "ReducerOptions"),
+        _shared("reshape", "RESHAPE", 1, "ReshapeOptions"),
+        _shared("transpose", "TRANSPOSE", 2, "TransposeOptions"),
+        _shared("pad", "PAD", 2, "PadOptions"),
+        _shared("mirror_pad", "MIRROR_PAD", 2, "MirrorPadOptions"),
+        _shared("strided_slice", "STRIDED_SLICE", 2, "StridedSliceOptions"),
+        _shared("gather", "GATHER", 2, "GatherOptions"),
+        _shared("tile", "TILE", 1, "TileOptions"),
+        _shared("resize_bilinear", "RESIZE_BILINEAR", 3, "ResizeBilinearOptions", rounds=True),
+        _shared("resize_nearest", "RESIZE_NEAREST_NEIGHBOR", 3, "ResizeNearestNeighborOptions"),
+        # Nothing in the artifact.
+        Row("identity", Placement.IDENTITY, int16=True),
+    )
+}

@@ -1,0 +1,390 @@
+"""Lowering: from a quantized model's graph, with its fake-quantization markers, to the integer model.
+
+Codes come from the trained quantizers and parameters from their ranges; nothing is derived a second time. Batch norm
+goes into scale and bias: the codes of `w` and of `w * gamma / sigma` are the same but for the sign of gamma
+(Jacob et al. 2018, section 3.2, for per-channel ranges).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from kquant.core.affine import Affine
+from kquant.core.errors import RangeError
+from kquant.core.graph import Graph, Op
+from kquant.core.int8_spec import ROWS, Placement
+from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
+from kquant.core.stages import Stage, stages
+from kquant.core.weights import SMALLEST_SCALE, storage_bits
+
+INT32_LIMIT = 2.0**30  # the largest bias code, one bit below int32, so that it always fits
+SMALLEST_MULTIPLIER = 2.0**-30  # of an accumulator to the output scale; kernels hold 2^-31 to 2^8
+LARGEST_MULTIPLIER = 2.0**8
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is known of a tensor during the pass: codes (an affine), float, ids, or waiting for its fake quantization."""
+
+    tensor: str
+    affine: Affine | None = None
+    pending: Stage | None = None
+    is_float: bool = False
+
+
+def affine_of(quantizer: Any, name: str) -> Affine:
+    """The parameters of a trained activation quantizer (`range()` and `bits`)."""
+    low, high = (np.float32(v) for v in quantizer.range())
+    return Affine.of_range(low, high, quantizer.bits, name)
+
+
+class Lowering:
+    """One pass over a graph. Use `lower`."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.states: dict[str, _State] = {}
+        self.tensors: dict[str, IntTensor] = {}
+        self.ops: list[IntOp] = []
+        self.floats: dict[str, str] = {}
+        self.consumers = graph.consumers()
+
+    def run(self) -> IntegerModel:
+        """The integer model; float ops are in it as such, with their reasons in `floats`."""
+        for name in self.graph.inputs:
+            self._input(name)
+        for stage in stages(self.graph):
+            self._stage(stage)
+        outputs = tuple(self._result(t) for t in self.graph.outputs)
+        graph = self.graph
+        return IntegerModel(
+            tuple(self.ops), self.tensors, graph.inputs, outputs, graph.input_names, graph.output_names,
+            self.floats, {t: s.tensor for t, s in self.states.items()}, graph.name,
+        )  # fmt: skip
+
+    # -- tensors --------------------------------------------------------------------------------------------------
+
+    def _input(self, name: str) -> None:
+        tensor = self.graph.tensors[name]
+        is_ids = tensor.dtype != "float32"
+        self.tensors[name] = IntTensor(name, tensor.shape, tensor.dtype)
+        self.states[name] = _State(name, is_float=not is_ids)
+
+    def _add(self, op: IntOp, affines: list[Affine | None], shapes: list[Any]) -> None:
+        self.ops.append(op)
+        for tensor, affine, shape in zip(op.outputs, affines, shapes, strict=True):
+            dtype = "float32" if affine is None else affine.dtype
+            self.tensors[tensor] = IntTensor(tensor, tuple(shape), dtype, affine)
+            self.states[tensor] = _State(tensor, affine, is_float=affine is None)
+
+    def _shape(self, tensor: str) -> tuple:
+        return self.graph.tensors[tensor].shape
+
+    def _operand(self, tensor: str) -> str:
+        """The id under which an operand is read; constants are quantized to 8 bits here."""
+        value = self.graph.tensors[tensor].constant
+        if value is None:
+            return self.states[tensor].tensor
+        if tensor not in self.tensors:
+            affine = constant_affine(value, tensor)
+            codes = affine.quantize(value)
+            self.tensors[tensor] = IntTensor(tensor, value.shape, affine.dtype, affine, codes)
+        return tensor
+
+    def _result(self, tensor: str) -> str:
+        state = self.states[tensor]
+        if state.pending is not None:
+            self._float(state.pending, "its output is not quantized")
+        return self.states[tensor].tensor
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def _stage(self, stage: Stage) -> None:
+        op = stage.anchor
+        if op.kind == "identity":
+            self.states[op.output] = self.states[op.inputs[0]]
+        elif op.kind == "fake_quant":
+            self._fake_quant(op)
+        else:
+            reason = self._why_float(stage)
+            if reason:
+                self._float(stage, reason)
+            elif self._waits(stage):
+                self.states[stage.output] = _State(stage.output, pending=stage)
+            else:
+                self._shared(stage)
+
+    def _why_float(self, stage: Stage) -> str:
+        op, row = stage.anchor, stage.row
+        if row is None:
+            return str(op.attrs.get("reason", "it has no integer form"))
+        for tensor in op.inputs:
+            state = self.states.get(tensor)
+            if state is not None and (state.is_float or state.pending is not None):
+                return "its input is not quantized"
+        if row.weighted and op.kind != "channel_affine" and "codes" not in op.attrs:
+            return "its weight is not quantized"
+        if self._waits(stage) and [o.kind for o, _ in self.consumers[stage.output]] != ["fake_quant"]:
+            return "its output is not quantized"
+        return ""
+
+    def _waits(self, stage: Stage) -> bool:
+        """Whether the stage's output parameters are given by the fake quantization after it."""
+        if stage.row.placement is not Placement.SHARED:
+            return True
+        readers = self.consumers[stage.output]
+        if stage.anchor.kind != "relu" or [o.kind for o, _ in readers] != ["fake_quant"]:
+            return False
+        affine = affine_of(readers[0][0].attrs["quantizer"], stage.output)
+        return affine != self.states[stage.anchor.inputs[0]].affine
+
+    def _float(self, stage: Stage, reason: str) -> None:
+        for op in stage.ops:
+            self.floats[op.id] = reason
+            inputs = tuple(self._operand_float(t) for t in op.inputs)
+            shapes = [self._shape(t) for t in op.outputs]
+            self._add(IntOp(op.id, "float", inputs, op.outputs, {"reason": reason}, parts=(op,)), [None] * len(shapes), shapes)
+
+    def _operand_float(self, tensor: str) -> str:
+        state = self.states.get(tensor)
+        if state is None or state.affine is None:
+            return tensor if state is None else state.tensor
+        name = f"{state.tensor}/float"
+        if name not in self.tensors:
+            op = IntOp(name, "dequantize", (state.tensor,), (name,))
+            self._add(op, [None], [self.tensors[state.tensor].shape])
+        return name
+
+    def _fake_quant(self, op: Op) -> None:
+        state = self.states[op.inputs[0]]
+        affine = affine_of(op.attrs["quantizer"], op.inputs[0])
+        if state.pending is not None:
+            self._finish(state.pending, affine)
+            self.states[op.output] = self.states[op.inputs[0]]
+        elif state.affine is None:
+            self._quantize_float(op, state, affine)
+        elif state.affine == affine:
+            self.states[op.output] = state
+        else:
+            self._requantize(op, state, affine)
+
+    def _quantize_float(self, op: Op, state: _State, affine: Affine) -> None:
+        kind = "quantize"
+        name = f"{state.tensor}/quantized"
+        self._clamped(IntOp(name, kind, (state.tensor,), (name,), parts=(op,)), affine, self._shape(op.output), False)
+        self.states[op.output] = self.states[name]
+
+    def _requantize(self, op: Op, state: _State, affine: Affine) -> None:
+        name = f"{op.inputs[0]}/requantized:{op.attrs['spec']}"
+        shape = self._shape(op.output)
+        if affine.bits == 8 and state.affine.bits in (8, 16) or affine.bits == 16:
+            self._add(IntOp(name, "requantize", (state.tensor,), (name,), parts=(op,)), [affine], [shape])
+        else:
+            codes = np.arange(-128, 128, dtype=np.int8)
+            table = affine.quantize(state.affine.dequantize(codes))
+            self._add(IntOp(name, "table", (state.tensor,), (name,), table=table, parts=(op,)), [affine], [shape])
+        self.states[op.output] = self.states[name]
+
+    def _shared(self, stage: Stage) -> None:
+        op = stage.anchor
+        affine = next(a for a in (self._affine(t) for t in op.inputs) if a is not None)
+        shapes = [self._shape(t) for t in op.outputs]
+        outputs = (stage.output, *op.outputs[1:])
+        relu_max = None if stage.relu is None else stage.relu.attrs.get("max")
+        made = IntOp(
+            stage.output, op.kind, tuple(self._operand_as(t, affine) for t in op.inputs), outputs, op.attrs,
+            relu=stage.relu is not None or op.kind == "relu",
+            relu_max=op.attrs.get("max") if op.kind == "relu" else relu_max, parts=stage.ops,
+        )  # fmt: skip
+        self._clamped(made, affine, shapes, True)
+
+    def _affine(self, tensor: str) -> Affine | None:
+        state = self.states.get(tensor)
+        return None if state is None else state.affine
+
+    def _operand_as(self, tensor: str, affine: Affine) -> str:
+        """An operand of a Shared op; a constant is written on the grid of the others."""
+        value = self.graph.tensors[tensor].constant
+        if value is None or value.dtype.kind != "f":
+            return self._operand(tensor)
+        self.tensors[tensor] = IntTensor(tensor, value.shape, affine.dtype, affine, affine.quantize(value))
+        return tensor
+
+    # -- stages whose output parameters are known -----------------------------------------------------------------
+
+    def _finish(self, stage: Stage, affine: Affine) -> None:
+        op = stage.anchor
+        if op.kind in ("elementwise", "relu", "sigmoid", "tanh"):
+            self._function(stage, affine)
+            return
+        weight, attrs = None, op.attrs
+        inputs = tuple(self._operand(t) for t in op.inputs)
+        if op.kind == "embedding":
+            table = affine.quantize(np.asarray(op.attrs["codes"]()[0]) * op.attrs["codes"]()[1])
+            attrs = {**attrs, "constant": table}
+        elif stage.row.weighted:
+            source = self.tensors[inputs[0]].affine
+            weight = fold(stage, source, affine)
+        made = IntOp(
+            stage.output, op.kind, inputs, (stage.output,), attrs, weight,
+            relu=stage.relu is not None, relu_max=stage.relu.attrs.get("max") if stage.relu else None, parts=stage.ops,
+        )  # fmt: skip
+        fixed_elsewhere = stage.row.placement is Placement.FIXED and affine != stage.row.fixed
+        if fixed_elsewhere:
+            self._through_fixed(made, stage, affine)
+        else:
+            self._clamped(made, affine, self._shape(stage.output), False)
+
+    def _through_fixed(self, made: IntOp, stage: Stage, affine: Affine) -> None:
+        """A Fixed op whose output is wanted on another grid: its own first, then a table."""
+        inner = f"{made.id}/fixed"
+        fixed = stage.row.fixed
+        self._add(replace(made, id=inner, outputs=(inner,), parts=()), [fixed], [self._shape(stage.output)])
+        table = affine.quantize(fixed.dequantize(np.arange(-128, 128, dtype=np.int8)))
+        op = IntOp(made.id, "table", (inner,), made.outputs, table=table, parts=stage.ops)
+        self._add(op, [affine], [self._shape(stage.output)])
+
+    def _function(self, stage: Stage, affine: Affine) -> None:
+        """An elementwise function: the native kernel where the row's contract holds, else the exact table."""
+        op = stage.anchor
+        source = self.states[op.inputs[0]]
+        shape = self._shape(stage.output)
+        native = stage.row.placement is Placement.FIXED and affine == stage.row.fixed and source.affine.bits != 16
+        if native:
+            made = IntOp(stage.output, op.kind, (source.tensor,), (stage.output,), op.attrs, parts=stage.ops)
+        else:
+            table = function_table(op, source.affine, affine)
+            made = IntOp(stage.output, "table", (source.tensor,), (stage.output,), table=table, parts=stage.ops)
+        self._add(made, [affine], [shape])
+
+    def _clamped(self, made: IntOp, affine: Affine, shape: Any, shared: bool) -> None:
+        """Add an op, and behind it the clamps that neither saturation nor a fused ReLU gives."""
+        shapes = shape if shared else [shape]
+        low = high = None
+        if affine.bits < 8 and not shared and not (made.relu and affine.zero_point == affine.qmin):
+            low = affine.qmin
+        if made.relu_max is not None:
+            top = int(affine.quantize(np.float32(made.relu_max)))
+            fused = made.relu_max == 6.0
+            high = top if top < affine.qmax and not fused else None
+        if low is None and high is None:
+            self._add(made, [affine] * len(shapes), shapes)
+            return
+        inner = f"{made.id}/unclamped"
+        self._add(replace(made, id=inner, outputs=(inner,), parts=()), [affine], shapes[:1])
+        clamp = IntOp(made.id, "clamp", (inner,), made.outputs[:1], {"low": low, "high": high}, parts=made.parts)
+        self._add(clamp, [affine], shapes[:1])
+
+
+def constant_affine(value: np.ndarray, name: str) -> Affine:
+    """Parameters of a constant operand: 8 bits over its own values and zero.
+
+    A constant of one magnitude is held exactly, at code 127 or -127.
+    """
+    low, high = np.float32(min(value.min(), 0.0)), np.float32(max(value.max(), 0.0))
+    magnitudes = np.unique(np.abs(value))
+    if magnitudes.size == 1 and magnitudes[0] > 0:
+        return Affine(np.float32(magnitudes[0] / 127), 0, 8)
+    return Affine.of_range(low, high, 8, name)
+
+
+def function_table(op: Op, source: Affine, target: Affine) -> np.ndarray:
+    """The 256 output codes of an elementwise op, from input code -128 on, computed by the trained op in float32."""
+    values = source.dequantize(np.arange(-128, 128, dtype=np.int8))
+    result = np.asarray(op.call([values])[0], np.float32)
+    if np.isnan(result[source.qmin + 128 :]).any():
+        raise RangeError(
+            f"tensor {op.output!r}", f"the function of {op.layer!r} must be finite over its input range",
+            "NaN", "Restrict its input, or leave the layer in float with `exclude`",
+        )
+    return target.quantize(np.nan_to_num(result))
+
+
+def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
+    """Weight codes, channel scales and bias of a weighted stage, batch norm folded in.
+
+    The scale of a channel is at least `|bias| / (s_in * 2^30)`, so that the int32 bias fits, and large enough for the
+    kernel's multiplier; a channel raised to that floor is coded anew on the coarser grid.
+    """
+    op = stage.anchor
+    codes, scale, bits = _trained_codes(op)
+    channels = output_channels(op)
+    bias = np.asarray(op.weights["bias"].read(), np.float64).reshape(-1) if "bias" in op.weights else np.zeros(channels)
+    bias = np.broadcast_to(bias, (channels,)) if bias.size != channels else bias
+    sign = np.ones(channels)
+    scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (channels,)) if op.kind != "prelu" else scale
+    if op.kind == "prelu":
+        return IntWeight(codes.astype(np.int8), np.asarray(scale, np.float32).reshape(-1), 8, np.zeros(0))
+    if op.kind == "channel_affine":
+        bias = np.asarray(op.weights["offset"].read(), np.float64)
+    if stage.norm is not None:
+        factor = np.asarray(stage.norm.weights["scale"].read(), np.float64)
+        bias = bias * factor + np.asarray(stage.norm.weights["offset"].read(), np.float64)
+        sign, scale = np.where(factor < 0, -1.0, 1.0), scale * np.abs(factor)
+    codes = _by_channel(op, codes) * sign
+    floor = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
+    floor = np.maximum(floor, SMALLEST_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale))
+    raised = scale < floor
+    coarser = np.floor(codes * (scale / np.where(raised, floor, 1.0)) + 0.5)
+    codes = np.where(raised, coarser, codes)
+    scale = np.where(raised, floor, scale).astype(np.float32)
+    _check_scale(op, scale, source, target)
+    return IntWeight(_from_channel(op, codes).astype(np.int8), scale, bits, bias)
+
+
+def _trained_codes(op: Op) -> tuple[np.ndarray, np.ndarray, int]:
+    if op.kind == "channel_affine":
+        factor = np.asarray(op.weights["scale"].read(), np.float64)
+        return np.where(factor < 0, -127.0, 127.0), np.abs(factor) / 127.0, 8
+    codes, scale = (np.asarray(a) for a in op.attrs["codes"]())
+    return codes, scale, storage_bits(op.attrs["formula"]) if ROWS[op.kind].int4 else 8
+
+
+def output_channels(op: Op) -> int:
+    """The number of output channels of a weighted op."""
+    if op.kind == "channel_affine":
+        return int(op.weights["scale"].shape[0])
+    kept = [n for i, n in enumerate(op.weights["kernel"].shape) if i not in op.attrs.get("kernel_axes", ())]
+    return int(np.prod(kept))
+
+
+def _by_channel(op: Op, codes: np.ndarray) -> np.ndarray:
+    """Codes with the output channel(s) flattened into the last axis."""
+    if op.kind == "channel_affine":
+        return codes
+    axes = op.attrs["kernel_axes"]
+    kept = [i for i in range(codes.ndim) if i not in axes]
+    return codes.transpose(*axes, *kept).reshape(*(codes.shape[a] for a in axes), -1)
+
+
+def _from_channel(op: Op, codes: np.ndarray) -> np.ndarray:
+    """The inverse of `_by_channel`."""
+    if op.kind == "channel_affine":
+        return codes
+    shape, axes = op.weights["kernel"].shape, op.attrs["kernel_axes"]
+    kept = [i for i in range(len(shape)) if i not in axes]
+    order = [*axes, *kept]
+    return codes.reshape([shape[i] for i in order]).transpose(np.argsort(order))
+
+
+def _check_scale(op: Op, scale: np.ndarray, source: Affine, target: Affine) -> None:
+    multiplier = scale.astype(np.float64) * source.scale / target.scale
+    if not np.isfinite(scale).all() or multiplier.max() >= LARGEST_MULTIPLIER:
+        raise RangeError(
+            f"tensor {op.output!r}",
+            f"the ratio of accumulator to output scale must lie below {LARGEST_MULTIPLIER:.0f}, which the kernel holds",
+            f"{multiplier.max():.3g} (weight scale {scale.max():.3g}, input {source.scale:.3g}, output {target.scale:.3g})",
+            "Calibrate on representative data, or leave the layer in float with `exclude`",
+        )
+
+
+def lower(graph: Graph) -> IntegerModel:
+    """The integer model of a quantized model that was read.
+
+    Raises:
+        RangeError: a range that the kernels cannot hold, by tensor name.
+    """
+    return Lowering(graph).run()

@@ -1,0 +1,138 @@
+"""Weight quantizers: from float weights to integer codes and scales, one formula each.
+
+A formula has two steps. `prepare` is differentiated as it stands; `quantize` maps what it returns to codes and scale
+and is passed straight through by the gradient, so that d(code * scale)/d(prepared) = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kquant.core.affine import SMALLEST_SCALE, round_half_up
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """Symmetric uniform weights, `[-(2^(b-1)-1), 2^(b-1)-1]`, scale `max|w| / (2^(b-1)-1)`.
+
+    Source: Jacob et al. 2018, section 3; per output channel as in the TensorFlow Lite 8-bit quantization specification.
+
+    Args:
+        bits: 2..8.
+        axes: the axes that share a scale (all but the output channel's); None for one scale per tensor.
+    """
+
+    bits: int
+    axes: tuple[int, ...] | None
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    def prepare(self, w: Any, xp: Any = np) -> Any:
+        """The weights themselves."""
+        return w
+
+    def quantize(self, w: Any, xp: Any = np) -> tuple[Any, Any]:
+        """Integer-valued float codes (shape of `w`) and a scale that broadcasts against them.
+
+        Example:
+            >>> codes, scale = Symmetric(4, axes=(0,)).quantize(np.array([[0.7, 0.0], [-0.35, 0.0]], np.float32))
+            >>> codes.tolist()
+            [[7.0, 0.0], [-3.0, 0.0]]
+        """
+        return self.codes(w, xp.max(xp.abs(w), axis=self.axes, keepdims=True), xp)
+
+    def codes(self, w: Any, limit: Any, xp: Any = np) -> tuple[Any, Any]:
+        """Codes and scale for the range `[-limit, limit]`."""
+        scale = xp.maximum(limit / self.qmax, SMALLEST_SCALE)
+        return xp.clip(round_half_up(w / scale, xp), -self.qmax, self.qmax), scale
+
+
+@dataclass(frozen=True)
+class DoReFa:
+    """DoReFa-Net weights of k bits: `2 * quantize_k(tanh(w) / (2 max|tanh w|) + 1/2) - 1`, the maximum over the layer.
+
+    As integers these are the odd codes `2q - (2^k - 1)` with scale `1/(2^k - 1)`. At 8 bits the 256 levels do not fit
+    int8 symmetrically, so training and artifact use the 255-level grid `round(127 u)/127` instead. One bit is
+    `sign(w) * E|w|` with the mean over the layer and sign(0) = +1.
+
+    Source: Zhou et al. 2016 (arXiv:1606.06160), equations 7 to 9.
+    """
+
+    bits: int
+
+    def prepare(self, w: Any, xp: Any = np) -> Any:
+        """`tanh(w) / max|tanh w|`; at one bit the weights themselves."""
+        if self.bits == 1:
+            return w
+        squashed = xp.tanh(w)
+        return squashed / xp.maximum(xp.max(xp.abs(squashed)), SMALLEST_SCALE)
+
+    def quantize(self, u: Any, xp: Any = np) -> tuple[Any, Any]:
+        """Integer-valued float codes and their scale.
+
+        Example:
+            >>> codes, scale = DoReFa(2).quantize(np.array([-1.0, -0.2, 0.2, 1.0], np.float32))
+            >>> codes.tolist()
+            [-3.0, -1.0, 1.0, 3.0]
+        """
+        if self.bits == 1:
+            scale = xp.maximum(xp.mean(xp.abs(u)), SMALLEST_SCALE)
+            return xp.where(u >= 0, xp.ones_like(u), -xp.ones_like(u)), scale
+        if self.bits == 8:
+            return round_half_up(u * 127, xp), xp.ones_like(xp.max(u)) / 127
+        levels = 2**self.bits - 1
+        codes = 2 * round_half_up(levels * (u / 2 + 0.5), xp) - levels
+        return codes, xp.ones_like(xp.max(u)) / levels
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 127 if self.bits == 8 else int(2**self.bits - 1)
+
+
+def weight_formula(quantizer: str, bits: int, axes: tuple[int, ...] | None) -> Symmetric | DoReFa:
+    """The formula of a recipe's weights: `"naive"` and `"qat"` are symmetric, `"dorefa"` is DoReFa's.
+
+    Example:
+        >>> weight_formula("dorefa", 2, None)
+        DoReFa(bits=2)
+    """
+    return DoReFa(bits) if quantizer == "dorefa" else Symmetric(bits, axes)
+
+
+def storage_bits(formula: Symmetric | DoReFa) -> int:
+    """4 if all codes of the formula fit int4, else 8.
+
+    Example:
+        >>> storage_bits(DoReFa(3)), storage_bits(Symmetric(5, None))
+        (4, 8)
+    """
+    return 4 if formula.qmax <= 7 else 8
+
+
+def quantize_gradient(gradient: Any, noise: Any, bits: int, xp: Any = np) -> Any:
+    """DoReFa-Net gradient quantization with the maximum taken per sample (axis 0).
+
+    `2 m (quantize_k(g / (2 m) + 1/2 + noise / (2^k - 1)) - 1/2)`, m = max|g| of the sample, clipped to the k-bit levels
+    before rounding. A sample whose maximum is zero passes unchanged.
+
+    Source: Zhou et al. 2016, equation 12.
+
+    Args:
+        gradient: float array, samples on axis 0.
+        noise: uniform in [-0.5, 0.5), the shape of `gradient`.
+        bits: 1..8.
+    """
+    axes = tuple(range(1, len(gradient.shape)))
+    limit = xp.max(xp.abs(gradient), axis=axes, keepdims=True)
+    safe = xp.where(limit > 0, limit, xp.ones_like(limit))
+    levels = 2**bits - 1
+    unit = xp.clip(gradient / (2 * safe) + 0.5 + noise / levels, 0.0, 1.0)
+    quantized = 2 * safe * (round_half_up(levels * unit, xp) / levels - 0.5)
+    return xp.where(limit > 0, quantized, gradient)

@@ -1,0 +1,7 @@
+"""The Keras 3 front end: `read` a model, `attach` a plan to it."""
+
+from kquant.keras3.attach import attach
+from kquant.keras3.precision import as_float32
+from kquant.keras3.read import read
+
+__all__ = ["as_float32", "attach", "read"]

@@ -1,0 +1,340 @@
+"""The Keras 3 layers that a quantized model is made of. All of their state lies in Keras variables.
+
+`QuantizedLayer` wraps a layer and quantizes its kernel; `FakeQuantize` quantizes activations of one range, at one or
+several places; `BatchNormalization` is Keras' own with statistics that can be frozen while training.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from kquant.core.affine import round_half_up
+from kquant.core.weights import quantize_gradient, weight_formula
+from kquant.keras3.linear import LINEAR, linear_of
+
+register = keras.saving.register_keras_serializable(package="kquant")
+EMA_DECAY = 0.99  # Jacob et al. 2018, section 3.1: an exponential moving average "close to 1"
+
+
+@tf.custom_gradient
+def straight_through(x: Any, value: Any) -> Any:
+    """`value`, with the gradient passed to `x` unchanged (Bengio et al. 2013, straight-through estimator)."""
+    return value, lambda upstream: (upstream, None)
+
+
+@tf.custom_gradient
+def _clipped_straight_through(x: Any, value: Any, low: Any, high: Any) -> Any:
+    """`value`, with the gradient passed to `x` inside `[low, high]` and zero outside."""
+
+    def backward(upstream: Any) -> tuple:
+        return ops.where(ops.logical_and(x >= low, x <= high), upstream, 0.0), None, None, None
+
+    return value, backward
+
+
+def fake_quantize_range(x: Any, low: Any, high: Any, bits: int) -> Any:
+    """Fake-quantize float32 `x` to `bits` on the range `[low, high]`, nudged so that zero is exact.
+
+    From 2 to 8 bits this is TensorFlow's `FakeQuantWithMinMaxVars` (one pass, same codes as `Affine.of_range`); one bit
+    and the symmetric 16-bit grid, which that kernel lacks, are written out.
+    """
+    if 2 <= bits <= 8:
+        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
+    levels = 1.0 if bits == 1 else 32767.0
+    scale = high / levels
+    codes = ops.clip(round_half_up(x / scale, ops), 0.0 if bits == 1 else -levels, levels)
+    return _clipped_straight_through(x, codes * scale, low, high)
+
+
+@register
+class FakeQuantize(keras.layers.Layer):
+    """Fake quantization of activations that share one range.
+
+    In training each call site keeps its own moving minimum and maximum, and the range is their union, so tensors that
+    share a scale (the inputs of a concatenation) are all covered. Outside training the range stands still.
+
+    Args:
+        bits: 1..8, or 16 (symmetric).
+        sites: number of call sites that observe; a call names its own as `site=`.
+        fixed: `[low, high]` of a range that does not move, or None.
+        symmetric: zero point 0.
+        nonneg: the range starts at zero.
+        start_step: quantize from this training step on; observe before it.
+        decay: of the exponential moving average; 1.0 keeps the first range (calibration's, or the first batch's).
+    """
+
+    def __init__(
+        self,
+        bits: int = 8,
+        sites: int = 1,
+        fixed: list[float] | None = None,
+        symmetric: bool = False,
+        nonneg: bool = False,
+        start_step: int = 0,
+        decay: float = EMA_DECAY,
+        **kwargs: Any,
+    ):
+        super().__init__(autocast=False, **kwargs)
+        self.bits, self.sites, self.symmetric, self.nonneg = bits, sites, symmetric, nonneg
+        self.fixed = None if fixed is None else [float(v) for v in fixed]
+        self.start_step, self.decay = start_step, decay
+        self.supports_masking = True
+
+    def build(self, input_shape: Any = None) -> None:
+        def state(name: str, shape: tuple, dtype: str = "float32") -> Any:
+            return self.add_weight(
+                name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False, autocast=False
+            )
+
+        if self.fixed is None:
+            self.minimum = state("minimum", (self.sites,))
+            self.maximum = state("maximum", (self.sites,))
+            self.seen = state("seen", (self.sites,))
+            self.frozen = state("frozen", ())
+        if self.start_step:
+            self.step = state("step", (), "int32")
+        self.built = True
+
+    def call(self, x: Any, site: int | None = None, training: bool | None = None) -> Any:
+        wide = ops.cast(x, "float32")
+        if training and self.fixed is None and site is not None:
+            self._observe(wide, site)
+        low, high = self.range()
+        quantized = fake_quantize_range(wide, low, high, self.bits)
+        ready = self._ready(training)
+        if ready is not None:
+            quantized = ops.where(ready, quantized, wide)
+        if training and self.start_step and site in (0, None):
+            self.step.assign(self.step + 1)
+        return ops.cast(quantized, x.dtype)
+
+    def _ready(self, training: bool | None) -> Any:
+        """Whether quantization is on, as a tensor; None where it always is."""
+        conditions = []
+        if self.start_step:
+            conditions.append(self.step >= self.start_step)
+        if self.fixed is None and not training:
+            conditions.append(ops.max(self.seen) > 0)
+        if len(conditions) == 2:
+            return ops.logical_and(*conditions)
+        return conditions[0] if conditions else None
+
+    def _observe(self, x: Any, site: int) -> None:
+        low = ops.zeros(()) if self.nonneg else ops.minimum(ops.min(x), 0.0)
+        high = ops.maximum(ops.max(x), 0.0)
+        here = np.arange(self.sites) == site
+        fresh = ops.logical_and(ops.equal(self.seen, 0.0), ops.equal(self.frozen, 0.0))
+        moving = ops.logical_and(ops.not_equal(self.seen, 0.0), ops.equal(self.frozen, 0.0))
+        for variable, value in ((self.minimum, low), (self.maximum, high)):
+            old = ops.convert_to_tensor(variable)
+            new = ops.where(fresh, value, ops.where(moving, old + (value - old) * (1.0 - self.decay), old))
+            variable.assign(ops.where(here, new, old))
+        self.seen.assign(ops.maximum(self.seen, ops.where(here, ops.cast(fresh, "float32"), 0.0)))
+
+    def range(self) -> tuple[Any, Any]:
+        """The float32 range in force, before nudging; `[0, levels]` (scale 1) for a tensor that is constantly zero."""
+        if self.fixed is not None:
+            return ops.convert_to_tensor(self.fixed[0], "float32"), ops.convert_to_tensor(self.fixed[1], "float32")
+        low, high = ops.min(self.minimum), ops.max(self.maximum)
+        low, high = ops.minimum(low, 0.0), ops.maximum(high, 0.0)
+        if self.symmetric or self.bits == 16:
+            limit = ops.maximum(-low, high)
+            low, high = (-limit * (128.0 / 127.0) if self.bits == 8 else -limit), limit
+        empty = ops.equal(high - low, 0.0)
+        return low, ops.where(empty, float(2**self.bits - 1), high)
+
+    def is_set(self) -> bool:
+        """Whether the range has come from data, or is fixed."""
+        return self.fixed is not None or bool(np.array(self.seen).max() > 0)
+
+    def set_range(self, low: float, high: float, site: int) -> None:
+        """Set a site's range, as calibration does."""
+        for variable, value in ((self.minimum, low), (self.maximum, high), (self.seen, 1.0)):
+            array = np.array(variable)
+            array[site] = value
+            variable.assign(array)
+
+    def compute_output_spec(self, x: Any, site: int | None = None, training: bool | None = None) -> Any:
+        return keras.KerasTensor(x.shape, x.dtype)
+
+    def get_config(self) -> dict:
+        own = ("bits", "sites", "fixed", "symmetric", "nonneg", "start_step", "decay")
+        return {**super().get_config(), **{k: getattr(self, k) for k in own}}
+
+
+@register
+class QuantizedLayer(keras.layers.Layer):
+    """A layer whose kernel is quantized each time it is used; its float kernel stays the trained variable.
+
+    The gradient is passed straight through the rounding. Batch norm, if any, stays behind it in the model.
+
+    Args:
+        layer: the layer (no activation of its own).
+        quantizer: `"naive"`, `"qat"` or `"dorefa"`.
+        bits: of the weights.
+        per_channel: one scale per output channel (naive and qat).
+        gradient_bits: DoReFa's gradient quantization of the layer's output before its bias, or None.
+        start_step: use the float kernel before this training step.
+    """
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        quantizer: str = "qat",
+        bits: int = 8,
+        per_channel: bool = True,
+        gradient_bits: int | None = None,
+        start_step: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(autocast=False, **kwargs)
+        self.layer, self.quantizer, self.bits, self.per_channel = layer, quantizer, bits, per_channel
+        self.gradient_bits, self.start_step = gradient_bits, start_step
+        rule = linear_of(layer)
+        axes = rule.axes(layer) if per_channel else None
+        self.formula = weight_formula(quantizer, bits, axes)
+        if gradient_bits:
+            self.noise = keras.random.SeedGenerator(zlib.crc32(layer.name.encode()))
+
+    def build(self, input_shape: Any) -> None:
+        if not self.layer.built:
+            self.layer.build(input_shape)
+        if self.start_step:
+            self.step = self.add_weight(
+                name="step", shape=(), dtype="int32", initializer="zeros", trainable=False, autocast=False
+            )
+        self.built = True
+
+    @property
+    def kernel(self) -> Any:
+        """The float master weights."""
+        return LINEAR[type(self.layer)].kernel(self.layer)
+
+    def codes(self) -> tuple[Any, Any]:
+        """Integer-valued float codes (shape of the kernel) and their broadcastable scale, from the current kernel."""
+        return self.formula.quantize(self.formula.prepare(ops.convert_to_tensor(self.kernel), ops), ops)
+
+    def quantized_kernel(self) -> Any:
+        """The fake-quantized kernel, float32, differentiable with respect to the float kernel."""
+        prepared = self.formula.prepare(ops.convert_to_tensor(self.kernel), ops)
+        codes, scale = self.formula.quantize(prepared, ops)
+        return straight_through(prepared, ops.stop_gradient(codes * scale))
+
+    def call(self, x: Any, training: bool | None = None, quantized: bool = True) -> Any:
+        kernel = self.quantized_kernel() if quantized else ops.convert_to_tensor(self.kernel)
+        if self.start_step and quantized:
+            kernel = ops.where(self.step >= self.start_step, kernel, ops.convert_to_tensor(self.kernel))
+            if training:
+                self.step.assign(self.step + 1)
+        rule = LINEAR[type(self.layer)]
+        kind = self.compute_dtype
+        if rule.casts:
+            x = ops.cast(x, kind)
+        y = rule.apply(self.layer, x, ops.cast(kernel, kind))
+        if self.gradient_bits and training:
+            y = self._with_quantized_gradient(y)
+        bias = rule.bias(self.layer)
+        return y if bias is None else y + ops.cast(ops.convert_to_tensor(bias), kind)
+
+    def _with_quantized_gradient(self, y: Any) -> Any:
+        noise = keras.random.uniform(ops.shape(y), -0.5, 0.5, dtype="float32", seed=self.noise)
+        bits = self.gradient_bits
+
+        @tf.custom_gradient
+        def identity(value: Any) -> Any:
+            def backward(upstream: Any) -> Any:
+                quantized = quantize_gradient(ops.cast(upstream, "float32"), noise, bits, ops)
+                return ops.cast(quantized, upstream.dtype)
+
+            return value, backward
+
+        return identity(y)
+
+    def compute_output_spec(self, x: Any, training: bool | None = None, quantized: bool = True) -> Any:
+        return keras.KerasTensor(self.layer.compute_output_shape(x.shape), self.compute_dtype)
+
+    def get_config(self) -> dict:
+        own = ("quantizer", "bits", "per_channel", "gradient_bits", "start_step")
+        config = {k: getattr(self, k) for k in own}
+        return {**super().get_config(), "layer": keras.saving.serialize_keras_object(self.layer), **config}
+
+    @classmethod
+    def from_config(cls, config: dict) -> QuantizedLayer:
+        config = dict(config)
+        config["layer"] = keras.saving.deserialize_keras_object(config["layer"])
+        return cls(**config)
+
+
+@register
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Keras' batch normalization whose statistics can be frozen while training goes on.
+
+    While the variable `frozen` is 1, training steps normalize by the moving statistics, as inference does, and leave
+    them as they are. No recompilation is needed.
+    """
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.frozen = self.add_weight(
+            name="frozen", shape=(), dtype="float32", initializer="zeros", trainable=False, autocast=False
+        )
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        if not training or not self.trainable or mask is not None:
+            return super().call(inputs, training=training, mask=mask)
+        x = ops.cast(inputs, "float32")
+        axes = [a for a in range(len(x.shape)) if a != self.axis % len(x.shape)]
+        frozen = self.frozen > 0
+        mean, variance = ops.moments(x, axes=axes, synchronized=self.synchronized)
+        moved = []
+        for variable, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            old = ops.convert_to_tensor(variable)
+            moved.append(ops.where(frozen, old, batch))
+            variable.assign(ops.where(frozen, old, old * self.momentum + batch * (1.0 - self.momentum)))
+        y = ops.batch_normalization(
+            x,
+            *moved,
+            axis=self.axis,
+            offset=ops.cast(self.beta, "float32") if self.center else None,
+            scale=ops.cast(self.gamma, "float32") if self.scale else None,
+            epsilon=self.epsilon,
+        )
+        return ops.cast(y, self.compute_dtype)
+
+
+@register
+class ChannelAffine(keras.layers.Layer):
+    """`x * scale + offset` with one trainable value per channel of the last axis (either may be absent).
+
+    The tail of a normalization, or a product or sum with a trainable vector.
+    """
+
+    def __init__(self, scale: bool = True, offset: bool = True, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.has_scale, self.has_offset = scale, offset
+
+    def build(self, input_shape: Any) -> None:
+        size = (input_shape[-1],)
+        self.scale = self.add_weight(name="scale", shape=size, initializer="ones") if self.has_scale else None
+        self.offset = self.add_weight(name="offset", shape=size, initializer="zeros") if self.has_offset else None
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        if self.scale is not None:
+            x = x * ops.cast(self.scale, x.dtype)
+        return x if self.offset is None else x + ops.cast(self.offset, x.dtype)
+
+    def values(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and offset, float64, shape (size,)."""
+        scale = np.ones(size) if self.scale is None else np.asarray(self.scale, np.float64)
+        offset = np.zeros(size) if self.offset is None else np.asarray(self.offset, np.float64)
+        return scale, offset
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "scale": self.has_scale, "offset": self.has_offset}

@@ -1,0 +1,102 @@
+"""The layers with a quantizable kernel: how each applies it, and which kernel axes share a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from keras import layers, ops
+
+from kquant.core.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One layer class.
+
+    Args:
+        apply: (layer, input, kernel) -> output without bias and activation.
+        axes: layer -> the kernel axes that share a scale (all but the output channel's), or None for one scale.
+        attribute: the kernel's name on the layer.
+        bias_shape: layer -> the shape in which the bias is added, or None where it broadcasts on the last axis.
+        casts: whether the input is cast to the compute dtype (ids of an embedding are not).
+    """
+
+    apply: Callable[[Any, Any, Any], Any]
+    axes: Callable[[Any], tuple[int, ...] | None]
+    attribute: str = "kernel"
+    casts: bool = True
+
+    def kernel(self, layer: Any) -> Any:
+        """The layer's kernel variable."""
+        return getattr(layer, self.attribute)
+
+    def bias(self, layer: Any) -> Any:
+        """The layer's bias variable, or None."""
+        return getattr(layer, "bias", None) if getattr(layer, "use_bias", True) else None
+
+
+def _conv(layer: Any, x: Any, kernel: Any) -> Any:
+    return layer.convolution_op(x, kernel)
+
+
+def _conv1d(layer: Any, x: Any, kernel: Any) -> Any:
+    padding = layer.padding
+    if padding == "causal":
+        reach = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        x, padding = ops.pad(x, [[0, 0], [reach, 0], [0, 0]]), "valid"
+    return ops.conv(x, kernel, list(layer.strides), padding, layer.data_format, layer.dilation_rate)
+
+
+def _depthwise(layer: Any, x: Any, kernel: Any) -> Any:
+    return ops.depthwise_conv(x, kernel, layer.strides, layer.padding, layer.data_format, layer.dilation_rate)
+
+
+def _transpose(layer: Any, x: Any, kernel: Any) -> Any:
+    return ops.conv_transpose(
+        x, kernel, list(layer.strides), layer.padding, layer.output_padding, layer.data_format, layer.dilation_rate
+    )
+
+
+def _prelu(layer: Any, x: Any, kernel: Any) -> Any:
+    return ops.relu(x) - kernel * ops.relu(-x)
+
+
+def _einsum_axes(layer: Any) -> tuple[int, ...]:
+    """Kernel axes whose letter is not in the output of the equation."""
+    inputs, output = layer.equation.replace(" ", "").split("->")
+    letters = inputs.split(",")[1]
+    return tuple(i for i, letter in enumerate(letters) if letter not in output)
+
+
+LINEAR: dict[type, Linear] = {
+    layers.Conv1D: Linear(_conv1d, lambda layer: (0, 1)),
+    layers.Conv2D: Linear(_conv, lambda layer: (0, 1, 2)),
+    layers.DepthwiseConv1D: Linear(_depthwise, lambda layer: (0,)),
+    layers.DepthwiseConv2D: Linear(_depthwise, lambda layer: (0, 1)),
+    layers.Conv1DTranspose: Linear(_transpose, lambda layer: (0, 2)),
+    layers.Conv2DTranspose: Linear(_transpose, lambda layer: (0, 1, 3)),
+    layers.Dense: Linear(lambda layer, x, kernel: ops.matmul(x, kernel), lambda layer: (0,)),
+    layers.EinsumDense: Linear(lambda layer, x, kernel: ops.einsum(layer.equation, x, kernel), _einsum_axes),
+    layers.Embedding: Linear(
+        lambda layer, x, kernel: ops.take(kernel, ops.cast(x, "int32"), axis=0),
+        lambda layer: None,
+        "embeddings",
+        casts=False,
+    ),
+    layers.PReLU: Linear(_prelu, lambda layer: None, "alpha"),
+}
+
+
+def linear_of(layer: Any) -> Linear:
+    """The rule of a layer's class.
+
+    Raises:
+        UnsupportedError: a layer without a quantizable kernel.
+    """
+    rule = LINEAR.get(type(layer))
+    if rule is None:
+        known = ", ".join(sorted(c.__name__ for c in LINEAR))
+        raise UnsupportedError(f"layer {layer.name!r}", f"its class must be one of {known}", type(layer).__name__)
+    return rule

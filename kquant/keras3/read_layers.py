@@ -1,0 +1,435 @@
+"""How each Keras 3 layer class is read: one handler a class, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from kquant.core.errors import UnsupportedError
+from kquant.core.graph import Weight
+from kquant.keras3.layers import BatchNormalization, ChannelAffine, FakeQuantize, QuantizedLayer
+from kquant.keras3.linear import LINEAR
+from kquant.keras3.read import Reader, Source, _node_invoke
+
+Handler = Callable[[Reader, Any, list[str], Any], list[str]]
+LAYERS: dict[type, Handler] = {}
+
+
+def reads(*classes: type) -> Callable[[Handler], Handler]:
+    """Enter a handler for some layer classes."""
+
+    def enter(handler: Handler) -> Handler:
+        LAYERS.update(dict.fromkeys(classes, handler))
+        return handler
+
+    return enter
+
+
+def weight(variable: Any) -> Weight:
+    """A weight that follows a Keras variable."""
+    return Weight(tuple(variable.shape), lambda: np.asarray(variable, np.float32))
+
+
+def refuse(layer: Any, what: str, received: Any) -> None:
+    """Refuse a setting of a layer that has no integer form."""
+    raise UnsupportedError(
+        f"layer {layer.name!r} ({type(layer).__name__})", what, received,
+        f"Leave it in float with {{'op_names': ['{layer.name}'], 'exclude': True}}, or change the setting",
+    )
+
+
+def _last_axis(layer: Any) -> str | None:
+    """Why a layer that is not channels-last has no integer form."""
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        return "the target's kernels are channels-last, and the layer has data_format='channels_first'"
+    return None
+
+
+# -- layers with a kernel -----------------------------------------------------------------------------------------
+
+
+def _geometry(layer: Any) -> dict:
+    return {
+        "strides": tuple(layer.strides),
+        "padding": layer.padding,
+        "dilation": tuple(layer.dilation_rate),
+        "rank": layer.rank,
+    }
+
+
+def _conv(layer: Any) -> tuple[str, dict]:
+    return "conv2d", {**_geometry(layer), "groups": layer.groups}
+
+
+def _depthwise(layer: Any) -> tuple[str, dict]:
+    return "depthwise_conv2d", _geometry(layer)
+
+
+def _transposed(layer: Any) -> tuple[str, dict]:
+    return "conv2d_transpose", _geometry(layer)
+
+
+def _dense(layer: Any) -> tuple[str, dict]:
+    return "dense", {}
+
+
+def _embedding(layer: Any) -> tuple[str, dict]:
+    return "embedding", {}
+
+
+def _einsum(layer: Any) -> tuple[str, dict]:
+    """A contraction of the input's last axes with the kernel's first ones; anything else has no kernel."""
+    equation = layer.equation.replace(" ", "").replace("...", "")
+    (x, kernel), output = equation.split("->")[0].split(","), equation.split("->")[1]
+    contracted = [c for c in x if c not in output]
+    count = len(contracted)
+    if x[-count:] != "".join(contracted) or kernel[:count] != x[-count:] or output != x[:-count] + kernel[count:]:
+        return "opaque", {"reason": f"the equation {layer.equation!r} is not a contraction of the last input axes"}
+    return "dense", {"contracted": count}
+
+
+def _prelu(layer: Any) -> tuple[str, dict]:
+    return "prelu", {}
+
+
+KINDS: dict[type, Callable[[Any], tuple[str, dict]]] = {
+    layers.Conv1D: _conv,
+    layers.Conv2D: _conv,
+    layers.DepthwiseConv1D: _depthwise,
+    layers.DepthwiseConv2D: _depthwise,
+    layers.Conv1DTranspose: _transposed,
+    layers.Conv2DTranspose: _transposed,
+    layers.Dense: _dense,
+    layers.EinsumDense: _einsum,
+    layers.Embedding: _embedding,
+    layers.PReLU: _prelu,
+}
+
+
+def _why_opaque(layer: Any) -> str | None:
+    if isinstance(layer, layers.Embedding) and layer.mask_zero:
+        return "mask_zero=True: masks have no counterpart in the artifact"
+    if getattr(layer, "rank", 0) and "Transpose" in type(layer).__name__ and set(layer.dilation_rate) != {1}:
+        return "a dilated transposed convolution has no kernel on the target"
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
+        return "a layer with LoRA or Keras' own quantization cannot be quantized again"
+    return _last_axis(layer)
+
+
+@reads(*KINDS)
+def read_linear(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """A layer with a kernel; its activation becomes an op of its own."""
+    kind, attrs = KINDS[type(layer)](layer)
+    reason = _why_opaque(layer) or attrs.get("reason")
+    if reason:
+        return r.unknown(layer, inputs, node, reason)
+    split = hasattr(layer, "activation") and layer.activation is not keras.activations.linear
+    source = r.clone(layer, activation=None) if split else r.clone(layer)
+    outputs = _add_linear(r, layer, layer, kind, attrs, inputs, node, source, None)
+    return activation(r, layer, layer.activation, outputs) if split else outputs
+
+
+@reads(QuantizedLayer)
+def read_quantized(r: Reader, wrapper: QuantizedLayer, inputs: list[str], node: Any) -> list[str]:
+    """The wrapper of a quantized model: the same op, with its formula."""
+    layer = wrapper.layer
+    kind, attrs = KINDS[type(layer)](layer)
+
+    def call(values: Any, float_weights: bool = False) -> list[Any]:
+        return [wrapper(values[0], quantized=not float_weights)]
+
+    return _add_linear(r, wrapper, layer, kind, attrs, inputs, node, r.clone(wrapper), call)
+
+
+def _add_linear(
+    r: Reader, owner: Any, layer: Any, kind: str, attrs: dict, inputs: Any, node: Any, source: Source, call: Any
+) -> list[str]:
+    rule = LINEAR[type(layer)]
+    axes = rule.axes(layer)
+    weights = {"kernel": weight(rule.kernel(layer))}
+    if rule.bias(layer) is not None:
+        weights["bias"] = weight(rule.bias(layer))
+    attrs = {**attrs, **({} if axes is None else {"kernel_axes": axes}), "source_layer": layer}
+    if owner is not layer:
+        attrs.update(formula=owner.formula, codes=lambda: tuple(np.asarray(a) for a in owner.codes()))
+    shapes = [node.outputs[0].shape]
+    return r.add(kind, owner, inputs, shapes, source, attrs=attrs, weights=weights, call=call)
+
+
+# -- per-channel scale and offset -----------------------------------------------------------------------------------
+
+
+@reads(layers.BatchNormalization, BatchNormalization)
+def read_batch_norm(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """Batch norm with its moving statistics: a scale and an offset per channel."""
+    rank = len(r.shape(inputs[0]))
+    if layer.axis % rank != rank - 1 or getattr(layer, "renorm", False):
+        return r.unknown(layer, inputs, node, "batch norm must normalize the last axis, without renorm")
+
+    def scale() -> np.ndarray:
+        sigma = np.sqrt(np.asarray(layer.moving_variance, np.float64) + layer.epsilon)
+        return (np.asarray(layer.gamma, np.float64) if layer.scale else 1.0) / sigma
+
+    def offset() -> np.ndarray:
+        beta = np.asarray(layer.beta, np.float64) if layer.center else 0.0
+        return beta - np.asarray(layer.moving_mean, np.float64) * scale()
+
+    size = (int(layer.moving_mean.shape[0]),)
+    weights = {"scale": Weight(size, scale), "offset": Weight(size, offset)}
+    source = r.clone(layer)
+    if type(layer) is layers.BatchNormalization:
+
+        def build() -> Any:
+            return BatchNormalization.from_config(layer.get_config())
+
+        source = Source(source.key, build, layer.get_weights, source.invoke, layer.name)
+    return r.add("channel_affine", layer, inputs, [node.outputs[0].shape], source, weights=weights)
+
+
+@reads(ChannelAffine)
+def read_channel_affine(r: Reader, layer: ChannelAffine, inputs: list[str], node: Any) -> list[str]:
+    """Our own scale and offset per channel."""
+    size = r.shape(inputs[0])[-1]
+    weights = {
+        "scale": Weight((size,), lambda: layer.values(size)[0]),
+        "offset": Weight((size,), lambda: layer.values(size)[1]),
+    }
+    return r.add("channel_affine", layer, inputs, [node.outputs[0].shape], r.clone(layer), weights=weights)
+
+
+@reads(layers.Rescaling)
+def read_rescaling(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """`x * scale + offset`."""
+    size = r.shape(inputs[0])[-1]
+    return _constant_affine(r, layer, inputs, node, np.broadcast_to(layer.scale, (size,)), layer.offset)
+
+
+@reads(layers.Normalization)
+def read_normalization(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """`(x - mean) / max(sqrt(variance), epsilon)`, or its inverse."""
+    mean, variance = np.asarray(layer.mean), np.asarray(layer.variance)
+    sigma = np.maximum(np.sqrt(variance), keras.config.epsilon())
+    if mean.size != 1 and mean.shape[-1] != mean.size:
+        return r.unknown(layer, inputs, node, "normalization must keep one mean per channel of the last axis")
+    if layer.invert:
+        return _constant_affine(r, layer, inputs, node, sigma.ravel(), mean.ravel())
+    return _constant_affine(r, layer, inputs, node, (1 / sigma).ravel(), (-mean / sigma).ravel())
+
+
+def _constant_affine(r: Reader, layer: Any, inputs: list[str], node: Any, scale: Any, offset: Any) -> list[str]:
+    size = r.shape(inputs[0])[-1]
+    if size is None:
+        return r.unknown(layer, inputs, node, "the number of channels must be known")
+    scale = np.broadcast_to(np.asarray(scale, np.float64), (size,))
+    offset = np.broadcast_to(np.asarray(offset, np.float64), (size,))
+    weights = {"scale": Weight((size,), lambda: scale), "offset": Weight((size,), lambda: offset)}
+    return r.add("channel_affine", layer, inputs, [node.outputs[0].shape], r.clone(layer), weights=weights)
+
+
+# -- markers of a quantized model -----------------------------------------------------------------------------------
+
+
+@reads(FakeQuantize)
+def read_fake_quantize(r: Reader, layer: FakeQuantize, inputs: list[str], node: Any) -> list[str]:
+    """A fake quantization: the marker of a quantized tensor."""
+    site = node.arguments.kwargs.get("site")
+    base = r.clone(layer)
+    source = Source(base.key, base.build, base.weights, _node_invoke(node), layer.name)
+    attrs = {"spec": layer.name, "site": site, "quantizer": layer}
+    return r.add("fake_quant", layer, inputs, [node.outputs[0].shape], source, attrs=attrs)
+
+
+# -- activations ----------------------------------------------------------------------------------------------------
+
+
+def activation(r: Reader, layer: Any, function: Any, inputs: list[str]) -> list[str]:
+    """The activation argument of a layer, as an op after it."""
+    from kquant.keras3.functions import function_kind
+
+    kind, attrs = function_kind(function)
+    name = f"{layer.name}_activation"
+
+    def build() -> Any:
+        return layers.Activation(function, name=name, dtype=layer.dtype_policy)
+
+    source = Source((id(layer), "activation"), build, None, lambda new, values: new(values[0]), name)
+    shapes = [r.shape(inputs[0])]
+    return r.add(kind, layer, inputs, shapes, source, attrs=attrs, suffix="_activation", call=_calls(function))
+
+
+def _calls(function: Any) -> Callable:
+    return lambda values, float_weights=False: [function(keras.ops.convert_to_tensor(values[0]))]
+
+
+@reads(layers.Activation)
+def read_activation(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """`Activation(fn)`."""
+    from kquant.keras3.functions import function_kind
+
+    return _unary(r, layer, inputs, node, *function_kind(layer.activation))
+
+
+def _unary(r: Reader, layer: Any, inputs: list[str], node: Any, kind: str, attrs: dict) -> list[str]:
+    if "reason" in attrs:
+        return r.unknown(layer, inputs, node, attrs["reason"])
+    return r.add(kind, layer, inputs, [node.outputs[0].shape], r.clone(layer), attrs=attrs)
+
+
+@reads(layers.ReLU)
+def read_relu(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """ReLU with an upper limit; a slope or a threshold makes it a general function."""
+    if layer.negative_slope or layer.threshold:
+        return _unary(r, layer, inputs, node, "elementwise", {"fn": "leaky"})
+    limit = None if layer.max_value is None else float(layer.max_value)
+    return _unary(r, layer, inputs, node, "relu", {"max": limit, "fn": "relu"})
+
+
+@reads(layers.LeakyReLU)
+def read_leaky(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """Leaky ReLU."""
+    return _unary(r, layer, inputs, node, "elementwise", {"fn": "leaky_relu", "alpha": float(layer.negative_slope)})
+
+
+@reads(layers.ELU)
+def read_elu(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """ELU."""
+    return _unary(r, layer, inputs, node, "elementwise", {"fn": "elu"})
+
+
+@reads(layers.Softmax)
+def read_softmax(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """Softmax over one axis."""
+    if len(inputs) > 1 or not isinstance(layer.axis, int):
+        return r.unknown(layer, inputs, node, "softmax over one axis and without a mask has a kernel, this has not")
+    return _unary(r, layer, inputs, node, "softmax", {"axis": layer.axis})
+
+
+# -- identity in the artifact ---------------------------------------------------------------------------------------
+
+IDENTITY = (
+    "Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "AlphaDropout", "GaussianDropout",
+    "GaussianNoise", "ActivityRegularization", "Identity", "RandomFlip", "RandomRotation", "RandomZoom",
+    "RandomTranslation", "RandomContrast", "RandomBrightness", "RandomErasing", "RandomHue", "RandomSaturation",
+    "RandomSharpness", "RandomShear", "RandomPerspective", "RandomColorJitter", "RandomGrayscale",
+    "RandomGaussianBlur", "RandomInvert", "RandomPosterization", "RandomColorDegeneration", "RandomElasticTransform",
+)  # fmt: skip
+
+
+@reads(*(getattr(layers, name) for name in IDENTITY if hasattr(layers, name)))
+def read_identity(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """Layers that act in training only."""
+    return r.add("identity", layer, inputs, [node.outputs[0].shape], r.clone(layer))
+
+
+# -- arithmetic, shapes, pools --------------------------------------------------------------------------------------
+
+MERGE = {
+    layers.Add: "add",
+    layers.Multiply: "mul",
+    layers.Maximum: "maximum",
+    layers.Minimum: "minimum",
+}
+
+
+@reads(*MERGE)
+def read_merge(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """Merges of two tensors; more are a chain and come back through `composite`."""
+    from kquant.keras3.composite import expand_here
+
+    if len(inputs) != 2:
+        return expand_here(r, layer, inputs, node)
+    return r.add(MERGE[type(layer)], layer, inputs, [node.outputs[0].shape], r.clone(layer))
+
+
+@reads(layers.Subtract)
+def read_subtract(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """`a - b`."""
+    return r.add("sub", layer, inputs, [node.outputs[0].shape], r.clone(layer))
+
+
+@reads(layers.Concatenate)
+def read_concatenate(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """Concatenation of any arity."""
+    axis = layer.axis % len(r.shape(inputs[0]))
+    return r.add("concat", layer, inputs, [node.outputs[0].shape], r.clone(layer), attrs={"axis": axis})
+
+
+def _shape_op(kind: str, attrs: Callable[[Any, tuple], dict] = lambda layer, shape: {}) -> Handler:
+    def handler(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+        reason = _last_axis(layer)
+        found = attrs(layer, r.shape(inputs[0]))
+        if reason or "reason" in found:
+            return r.unknown(layer, inputs, node, reason or found["reason"])
+        return r.add(kind, layer, inputs, [node.outputs[0].shape], r.clone(layer), attrs=found)
+
+    return handler
+
+
+def _pool(layer: Any, shape: tuple) -> dict:
+    return {
+        "pool": tuple(layer.pool_size),
+        "strides": tuple(layer.strides),
+        "padding": layer.padding,
+        "rank": len(layer.pool_size),
+    }
+
+
+def _spatial(layer: Any, shape: tuple) -> dict:
+    return {"axes": tuple(range(1, len(shape) - 1)), "keepdims": bool(layer.keepdims)}
+
+
+def _pairs(value: Any) -> list[tuple[int, int]]:
+    value = value if isinstance(value[0], (tuple, list)) else [value]
+    return [tuple(v) for v in value]
+
+
+def _padding(layer: Any, shape: tuple) -> dict:
+    return {"paddings": ((0, 0), *_pairs(layer.padding), (0, 0))}
+
+
+def _cropping(layer: Any, shape: tuple) -> dict:
+    begin, end = [0], [None]
+    for low, high in _pairs(layer.cropping):
+        begin.append(low)
+        end.append(-high or None)
+    return {"begin": (*begin, 0), "end": (*end, None), "strides": (1,) * len(shape)}
+
+
+def _upsampling(layer: Any, shape: tuple) -> dict:
+    size = layer.size if isinstance(layer.size, (tuple, list)) else (layer.size,)
+    return {"rank": len(size)}
+
+
+def _resizing(layer: Any, shape: tuple) -> dict:
+    if layer.crop_to_aspect_ratio or getattr(layer, "pad_to_aspect_ratio", False) or getattr(layer, "antialias", False):
+        return {"reason": "resizing with aspect ratio or antialias has no kernel"}
+    return {"rank": 2}
+
+
+LAYERS[layers.MaxPooling1D] = LAYERS[layers.MaxPooling2D] = _shape_op("max_pool2d", _pool)
+LAYERS[layers.AveragePooling1D] = LAYERS[layers.AveragePooling2D] = _shape_op("avg_pool2d", _pool)
+LAYERS[layers.GlobalAveragePooling1D] = LAYERS[layers.GlobalAveragePooling2D] = _shape_op("mean", _spatial)
+LAYERS[layers.GlobalMaxPooling1D] = LAYERS[layers.GlobalMaxPooling2D] = _shape_op("reduce_max", _spatial)
+LAYERS[layers.ZeroPadding1D] = LAYERS[layers.ZeroPadding2D] = _shape_op("pad", _padding)
+LAYERS[layers.Cropping1D] = LAYERS[layers.Cropping2D] = _shape_op("strided_slice", _cropping)
+LAYERS[layers.Flatten] = LAYERS[layers.Reshape] = _shape_op("reshape")
+LAYERS[layers.RepeatVector] = _shape_op("tile", lambda layer, shape: {"expand": 1, "repeats": (1, layer.n, 1)})
+LAYERS[layers.Permute] = _shape_op("transpose", lambda layer, shape: {"perm": (0, *layer.dims)})
+LAYERS[layers.UpSampling1D] = _shape_op("resize_nearest", _upsampling)
+
+
+def _resize(layer: Any, shape: tuple) -> dict:
+    return _resizing(layer, shape) if isinstance(layer, layers.Resizing) else _upsampling(layer, shape)
+
+
+@reads(layers.UpSampling2D, layers.Resizing)
+def read_resize(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """Nearest and bilinear resizing."""
+    kinds = {"nearest": "resize_nearest", "bilinear": "resize_bilinear"}
+    if layer.interpolation not in kinds:
+        return r.unknown(layer, inputs, node, f"interpolation {layer.interpolation!r} has no kernel on the target")
+    return _shape_op(kinds[layer.interpolation], _resize)(r, layer, inputs, node)

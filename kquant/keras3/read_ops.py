@@ -1,0 +1,1 @@
+def read_operation(r, node, inputs): raise 0

@@ -1,0 +1,191 @@
+"""Write the integer model as TFLite ops: the builder, and one lowering function where an op needs more than its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kquant.core.affine import Affine
+from kquant.core.errors import UnsupportedError
+from kquant.core.int8_spec import ROWS
+from kquant.core.integer import IntegerModel, IntOp, IntTensor
+from kquant.tflite.flatbuffer import FileModel, FileOp, FileTensor
+
+Lowerer = Callable[["Emitter", IntOp], None]
+LOWERERS: dict[str, Lowerer] = {}
+
+
+def lowers(*kinds: str) -> Callable[[Lowerer], Lowerer]:
+    """Enter a lowering function for some op kinds."""
+
+    def enter(function: Lowerer) -> Lowerer:
+        LOWERERS.update(dict.fromkeys(kinds, function))
+        return function
+
+    return enter
+
+
+class Emitter:
+    """Collects the tensors and ops of one file."""
+
+    def __init__(self, model: IntegerModel):
+        self.model = model
+        self.tensors: list[FileTensor] = []
+        self.index: dict[str, int] = {}
+        self.ops: list[FileOp] = []
+
+    # -- tensors --------------------------------------------------------------------------------------------------
+
+    def tensor(self, name: str) -> int:
+        """The file's index of a tensor of the integer model."""
+        if name not in self.index:
+            self._append(name, *self._described(self.model.tensors[name]))
+        return self.index[name]
+
+    def _described(self, tensor: IntTensor) -> tuple:
+        return tensor.shape, tensor.dtype, tensor.constant, tensor.affine
+
+    def _append(self, name: str, shape: Any, dtype: str, data: Any, affine: Affine | None, **more: Any) -> int:
+        concrete = tuple(1 if s is None else int(s) for s in shape)
+        signature = tuple(-1 if s is None else int(s) for s in shape)
+        if affine is not None:
+            more["scale"] = np.array([affine.scale], np.float32)
+            more["zero_point"] = np.array([affine.zero_point], np.int64)
+        self.tensors.append(
+            FileTensor(name, concrete, dtype, data, signature=signature if signature != concrete else None, **more)
+        )
+        self.index[name] = len(self.tensors) - 1
+        return self.index[name]
+
+    def shape(self, name: str) -> tuple:
+        """The shape of a tensor, None where it is dynamic."""
+        return self.model.tensors[name].shape
+
+    def affine(self, name: str) -> Affine:
+        """The quantization of a tensor."""
+        affine = self.model.tensors[name].affine
+        assert affine is not None
+        return affine
+
+    def inner(self, name: str, shape: Any, affine: Affine | None, dtype: str | None = None) -> int:
+        """A tensor between the parts of one op."""
+        return self._append(name, shape, dtype or (affine.dtype if affine else "int32"), None, affine)
+
+    def constant(self, name: str, data: np.ndarray, affine: Affine | None = None, **more: Any) -> int:
+        """A constant tensor."""
+        return self._append(name, data.shape, more.pop("dtype", str(data.dtype)), data, affine, **more)
+
+    def ints(self, name: str, values: Any) -> int:
+        """An int32 constant."""
+        return self.constant(name, np.asarray(values, np.int32))
+
+    # -- ops ------------------------------------------------------------------------------------------------------
+
+    def op(self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int, options: Any = None) -> None:
+        """Append an op."""
+        self.ops.append(FileOp(code, tuple(inputs), tuple(outputs), version, options))
+
+    def row_op(self, op: IntOp, inputs: Sequence[int], fields: dict, version: int | None = None) -> None:
+        """Append the op that the row names, with its options."""
+        row = ROWS[op.kind]
+        options = (row.options, fields) if row.options else None
+        self.op(row.target, inputs, [self.tensor(t) for t in op.outputs], version or row.version, options)
+
+    def reshape(self, source: int, name: str, shape: Any, affine: Affine | None) -> int:
+        """A reshape to `shape`, in which None is the dynamic batch; returns the new tensor."""
+        target = self.inner(name, shape, affine)
+        self.reshape_into(source, target, shape, name)
+        return target
+
+    def reshape_into(self, source: int, target: int, shape: Any, name: str) -> None:
+        """A reshape into an existing tensor."""
+        if sum(s is None for s in shape) > 1:
+            raise UnsupportedError(
+                f"tensor {name!r}", "a reshape needs all sizes but one", shape, "Give the model a fixed input size"
+            )
+        wanted = [-1 if s is None else int(s) for s in shape]
+        self.op(
+            "RESHAPE",
+            [source, self.ints(f"{name}/shape", wanted)],
+            [target],
+            1,
+            ("ReshapeOptions", {"newShape": wanted}),
+        )
+
+    def build(self) -> FileModel:
+        """The file as plain data."""
+        for name in self.model.inputs:
+            self.tensor(name)
+        for op in self.model.ops:
+            LOWERERS.get(op.kind, _plain)(self, op)
+        outputs = tuple(self.tensor(t) for t in self.model.outputs)
+        inputs = tuple(self.tensor(t) for t in self.model.inputs)
+        return FileModel(
+            self.tensors, self.ops, inputs, outputs, self.model.input_names, self.model.output_names,
+            {"min_runtime_version": b""}, "kquant",
+        )  # fmt: skip
+
+
+def fused(op: IntOp) -> int:
+    """The fused activation: ActivationFunctionType NONE, RELU or RELU6 of the schema."""
+    if not op.relu:
+        return 0
+    return 3 if op.relu_max == 6.0 else 1
+
+
+def padding(op: IntOp) -> int:
+    """Padding SAME (0) or VALID (1) of the schema."""
+    return 0 if op.attrs["padding"] == "same" else 1
+
+
+def _plain(e: Emitter, op: IntOp) -> None:
+    """An op with tensor inputs only and at most a fused activation."""
+    fields = {"fusedActivationFunction": fused(op)} if ROWS[op.kind].fuses_relu else {}
+    e.row_op(op, [e.tensor(t) for t in op.inputs], fields)
+
+
+@lowers("quantize", "requantize")
+def _quantize(e: Emitter, op: IntOp) -> None:
+    version = 1 if e.model.tensors[op.inputs[0]].dtype == "float32" else 2
+    e.op("QUANTIZE", [e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], version, ("QuantizeOptions", {}))
+
+
+@lowers("dequantize")
+def _dequantize(e: Emitter, op: IntOp) -> None:
+    e.op("DEQUANTIZE", [e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], 2, ("DequantizeOptions", {}))
+
+
+@lowers("table")
+def _table(e: Emitter, op: IntOp) -> None:
+    """BITCAST to uint8, CAST to int32, GATHER from 256 codes rotated by 128: exact for any function."""
+    shape, name = e.shape(op.outputs[0]), op.id
+    rotated = np.roll(op.table, -128)
+    unsigned = e.inner(f"{name}/unsigned", shape, None, "uint8")
+    index = e.inner(f"{name}/index", shape, None, "int32")
+    table = e.constant(f"{name}/table", rotated, e.affine(op.outputs[0]))
+    e.op("BITCAST", [e.tensor(op.inputs[0])], [unsigned], 1, ("BitcastOptions", {}))
+    e.op("CAST", [unsigned], [index], 1, ("CastOptions", {"inDataType": 3, "outDataType": 2}))
+    e.op("GATHER", [table, index], [e.tensor(op.outputs[0])], 2, ("GatherOptions", {"axis": 0, "batchDims": 0}))
+
+
+@lowers("clamp")
+def _clamp(e: Emitter, op: IntOp) -> None:
+    """MAXIMUM and MINIMUM with a one-element constant of the same scale: exact in all kernels."""
+    affine, source = e.affine(op.outputs[0]), e.tensor(op.inputs[0])
+    steps = [
+        (code, op.attrs[key]) for code, key in (("MAXIMUM", "low"), ("MINIMUM", "high")) if op.attrs[key] is not None
+    ]
+    for i, (code, limit) in enumerate(steps):
+        last = i == len(steps) - 1
+        target = e.tensor(op.outputs[0]) if last else e.inner(f"{op.id}/{code.lower()}", e.shape(op.outputs[0]), affine)
+        constant = e.constant(f"{op.id}/{code.lower()}_limit", np.array([limit], affine.dtype), affine)
+        e.op(code, [source, constant], [target], 2, ("MaximumMinimumOptions", {}))
+        source = target
+
+
+@lowers("relu")
+def _relu(e: Emitter, op: IntOp) -> None:
+    code = "RELU6" if op.relu_max == 6.0 else "RELU"
+    e.op(code, [e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], 2)

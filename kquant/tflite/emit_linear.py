@@ -1,0 +1,197 @@
+"""TFLite ops with weights: layouts, int4 storage, biases, and one-dimensional forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kquant.core.affine import Affine
+from kquant.core.int8_spec import ROWS
+from kquant.core.integer import IntOp
+from kquant.tflite.emit import Emitter, fused, lowers, padding
+
+INT4_VERSION = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 6, "FULLY_CONNECTED": 10}
+
+
+def bias_codes(bias: np.ndarray, source: Affine, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 codes of a bias (int64 beside int16 activations) and their scale `s_in * s_w`, float32.
+
+    Source: TensorFlow Lite 8-bit quantization specification, bias of CONV_2D and others.
+    """
+    unit = np.float64(source.scale) * scale.astype(np.float64)
+    codes = np.floor(bias / unit + 0.5)
+    return codes.astype(np.int64 if source.bits == 16 else np.int32), unit.astype(np.float32)
+
+
+def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int]:
+    """The kernel (already in the target's layout, output channels on `axis`) and the bias as tensors."""
+    weight = op.weight
+    scale = weight.scale
+    stored = "int4" if weight.storage_bits == 4 else "int8"
+    kernel = e.constant(
+        f"{op.id}/kernel", codes, dtype=stored, scale=scale, zero_point=np.zeros(scale.size, np.int64), axis=axis
+    )
+    data, unit = bias_codes(weight.bias, e.affine(op.inputs[0]), scale)
+    bias = e.constant(f"{op.id}/bias", data, scale=unit, zero_point=np.zeros(unit.size, np.int64))
+    return kernel, bias
+
+
+def version_of(e: Emitter, op: IntOp) -> int:
+    """The op version that int4 weights or 16-bit activations need."""
+    row = ROWS[op.kind]
+    if op.weight is not None and op.weight.storage_bits == 4:
+        return INT4_VERSION[row.target]
+    if e.affine(op.inputs[0]).bits == 16:
+        return {"CONV_2D": 4, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 7}.get(row.target, row.version)
+    return row.version
+
+
+def lifted(e: Emitter, op: IntOp, rank: int) -> tuple[int, int, Any]:
+    """Input and output as 4-D tensors `[N, 1, T, C]` for one spatial axis; and what closes the op."""
+    source, target = e.tensor(op.inputs[0]), e.tensor(op.outputs[0])
+    if rank == 2:
+        return source, target, lambda: None
+    in_shape, out_shape = e.shape(op.inputs[0]), e.shape(op.outputs[0])
+    tall = e.reshape(source, f"{op.id}/in4d", (in_shape[0], 1, *in_shape[1:]), e.affine(op.inputs[0]))
+    result = e.inner(f"{op.id}/out4d", (out_shape[0], 1, *out_shape[1:]), e.affine(op.outputs[0]))
+    return tall, result, lambda: e.reshape_into(result, target, out_shape, f"{op.id}/flat")
+
+
+def both(values: Any, rank: int) -> tuple[int, int]:
+    """(height, width) of a setting; one spatial axis is the width."""
+    return (1, int(values[0])) if rank == 1 else (int(values[0]), int(values[1]))
+
+
+def _convolution_fields(op: IntOp) -> dict:
+    rank = op.attrs["rank"]
+    (stride_h, stride_w), (dilation_h, dilation_w) = both(op.attrs["strides"], rank), both(op.attrs["dilation"], rank)
+    return {
+        "padding": padding(op), "strideH": stride_h, "strideW": stride_w, "dilationHFactor": dilation_h,
+        "dilationWFactor": dilation_w, "fusedActivationFunction": fused(op),
+    }  # fmt: skip
+
+
+def _causal(e: Emitter, op: IntOp, source: int) -> tuple[int, dict]:
+    """A causal convolution pads the past with zeros, that is with the zero point."""
+    fields = _convolution_fields(op)
+    if op.attrs["padding"] != "causal":
+        return source, fields
+    reach = op.attrs["dilation"][0] * (op.weight.codes.shape[0] - 1)
+    shape = e.shape(op.inputs[0])
+    length = None if shape[1] is None else shape[1] + reach
+    padded = e.inner(f"{op.id}/padded", (shape[0], 1, length, shape[2]), e.affine(op.inputs[0]))
+    pads = e.ints(f"{op.id}/paddings", [[0, 0], [0, 0], [reach, 0], [0, 0]])
+    e.op("PAD", [source, pads], [padded], 2, ("PadOptions", {}))
+    return padded, fields
+
+
+@lowers("conv2d")
+def _conv2d(e: Emitter, op: IntOp) -> None:
+    codes = op.weight.codes if op.attrs["rank"] == 2 else op.weight.codes[None]
+    kernel, bias = weights(e, op, np.ascontiguousarray(codes.transpose(3, 0, 1, 2)), 0)
+    source, target, close = lifted(e, op, op.attrs["rank"])
+    source, fields = _causal(e, op, source)
+    e.op("CONV_2D", [source, kernel, bias], [target], version_of(e, op), ("Conv2DOptions", fields))
+    close()
+
+
+@lowers("depthwise_conv2d")
+def _depthwise(e: Emitter, op: IntOp) -> None:
+    codes = op.weight.codes if op.attrs["rank"] == 2 else op.weight.codes[None]
+    height, width, channels, multiplier = codes.shape
+    kernel, bias = weights(e, op, codes.reshape(1, height, width, channels * multiplier), 3)
+    source, target, close = lifted(e, op, op.attrs["rank"])
+    fields = {**_convolution_fields(op), "depthMultiplier": multiplier}
+    e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version_of(e, op), ("DepthwiseConv2DOptions", fields))
+    close()
+
+
+@lowers("channel_affine")
+def _channel_affine(e: Emitter, op: IntOp) -> None:
+    """A 1x1 depthwise convolution: one code of full magnitude per channel, so the factor is exact."""
+    in_shape, channels = e.shape(op.inputs[0]), op.weight.codes.size
+    kernel, bias = weights(e, op, op.weight.codes.reshape(1, 1, 1, channels), 3)
+    fields = {
+        "padding": 1, "strideH": 1, "strideW": 1, "dilationHFactor": 1, "dilationWFactor": 1, "depthMultiplier": 1,
+        "fusedActivationFunction": fused(op),
+    }  # fmt: skip
+    source, target = e.tensor(op.inputs[0]), e.tensor(op.outputs[0])
+    options = ("DepthwiseConv2DOptions", fields)
+    if len(in_shape) == 4:
+        e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version_of(e, op), options)
+        return
+    middle = (
+        [1] * (4 - len(in_shape)) + list(in_shape[1:-1]) if len(in_shape) < 4 else [1, int(np.prod(in_shape[1:-1]))]
+    )
+    shape = (in_shape[0], *middle, channels)
+    tall = e.reshape(source, f"{op.id}/in4d", shape, e.affine(op.inputs[0]))
+    result = e.inner(f"{op.id}/out4d", shape, e.affine(op.outputs[0]))
+    e.op("DEPTHWISE_CONV_2D", [tall, kernel, bias], [result], version_of(e, op), options)
+    e.reshape_into(result, target, in_shape, f"{op.id}/flat")
+
+
+@lowers("dense")
+def _dense(e: Emitter, op: IntOp) -> None:
+    count = op.attrs.get("contracted", 1)
+    codes = op.weight.codes
+    features = int(np.prod(codes.shape[:count]))
+    units = codes.size // features
+    kernel, bias = weights(e, op, np.ascontiguousarray(codes.reshape(features, units).T), 0)
+    source, target = e.tensor(op.inputs[0]), e.tensor(op.outputs[0])
+    in_shape, out_shape = e.shape(op.inputs[0]), e.shape(op.outputs[0])
+    if count > 1:
+        in_shape = (*in_shape[: len(in_shape) - count], features)
+        source = e.reshape(source, f"{op.id}/in_flat", in_shape, e.affine(op.inputs[0]))
+    wide = (*in_shape[:-1], units)
+    result = target if wide == tuple(out_shape) else e.inner(f"{op.id}/out_flat", wide, e.affine(op.outputs[0]))
+    fields = {"fusedActivationFunction": fused(op), "weightsFormat": 0, "keepNumDims": len(wide) != 2}
+    e.op("FULLY_CONNECTED", [source, kernel, bias], [result], version_of(e, op), ("FullyConnectedOptions", fields))
+    if result != target:
+        e.reshape_into(result, target, out_shape, f"{op.id}/split")
+
+
+@lowers("conv2d_transpose")
+def _transpose_conv(e: Emitter, op: IntOp) -> None:
+    rank = op.attrs["rank"]
+    codes = op.weight.codes if rank == 2 else op.weight.codes[None]
+    kernel, bias = weights(e, op, np.ascontiguousarray(codes.transpose(2, 0, 1, 3)), 0)
+    source, target, close = lifted(e, op, rank)
+    out_shape = e.shape(op.outputs[0])
+    out_shape = out_shape if rank == 2 else (out_shape[0], 1, *out_shape[1:])
+    stride_h, stride_w = both(op.attrs["strides"], rank)
+    fields = {"padding": padding(op), "strideH": stride_h, "strideW": stride_w, "fusedActivationFunction": fused(op)}
+    shape = _output_shape(e, op, source, out_shape)
+    e.op(
+        "TRANSPOSE_CONV", [shape, kernel, source, bias], [target], 4 if op.relu else 3, ("TransposeConvOptions", fields)
+    )
+    close()
+
+
+def _output_shape(e: Emitter, op: IntOp, source: int, shape: Any) -> int:
+    """The int32 output shape: a constant, or with the batch of the input where that is dynamic."""
+    if None not in shape:
+        return e.ints(f"{op.id}/output_shape", shape)
+    whole = e.inner(f"{op.id}/input_shape", (4,), None)
+    batch = e.inner(f"{op.id}/batch", (1,), None)
+    result = e.inner(f"{op.id}/output_shape", (4,), None)
+    e.op("SHAPE", [source], [whole], 1, ("ShapeOptions", {"outType": 2}))
+    bounds = [e.ints(f"{op.id}/{n}", [v]) for n, v in (("begin", 0), ("end", 1), ("step", 1))]
+    e.op("STRIDED_SLICE", [whole, *bounds], [batch], 1, ("StridedSliceOptions", {}))
+    rest = e.ints(f"{op.id}/output_rest", [int(s) for s in shape[1:]])
+    e.op("CONCATENATION", [batch, rest], [result], 1, ("ConcatenationOptions", {"axis": 0}))
+    return result
+
+
+@lowers("embedding")
+def _embedding(e: Emitter, op: IntOp) -> None:
+    table = e.constant(f"{op.id}/table", op.attrs["constant"], e.affine(op.outputs[0]))
+    fields = {"axis": 0, "batchDims": 0}
+    e.op("GATHER", [table, e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], 2, ("GatherOptions", fields))
+
+
+@lowers("prelu")
+def _prelu(e: Emitter, op: IntOp) -> None:
+    affine = Affine(op.weight.scale[0], 0, 8)
+    alpha = e.constant(f"{op.id}/alpha", op.weight.codes, affine)
+    e.op("PRELU", [e.tensor(op.inputs[0]), alpha], [e.tensor(op.outputs[0])], 1)

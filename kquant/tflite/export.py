@@ -1,0 +1,103 @@
+"""`export_tflite`: a trained quantized model becomes a `.tflite` file, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from kquant.core.errors import ExportError, ModelError
+from kquant.core.graph import Graph
+from kquant.core.integer import IntegerModel
+from kquant.core.lower import lower
+from kquant.core.reports import ExportReport
+from kquant.tflite import emit_linear, emit_shapes  # noqa: F401  (they enter their lowering functions)
+from kquant.tflite.audit import audit_bytes
+from kquant.tflite.boundary import with_boundary
+from kquant.tflite.emit import Emitter
+from kquant.tflite.flatbuffer import encode, save
+
+
+def quantized_graph(qmodel: Any) -> Graph:
+    """The graph of a quantized model, in float32.
+
+    Raises:
+        ModelError: a float model, or not a model that kquant reads.
+    """
+    from kquant.api import front_end
+
+    front = front_end(qmodel)
+    graph = front.read(front.as_float32(qmodel))
+    if not any(op.kind == "fake_quant" or "codes" in op.attrs for op in graph.ops):
+        raise ModelError(
+            f"model {graph.name!r}", "a quantized model", "a float model", "Call kquant.quantize_model(model) first"
+        )
+    return graph
+
+
+def check_ranges(graph: Graph) -> None:
+    """Refuse a model with ranges that were never set.
+
+    Raises:
+        ExportError: naming the tensors.
+    """
+    unset = [op.inputs[0] for op in graph.ops if op.kind == "fake_quant" and not op.attrs["quantizer"].is_set()]
+    if unset:
+        raise ExportError(
+            f"tensors {', '.join(map(repr, unset[:5]))}{' ...' if len(unset) > 5 else ''}",
+            "every activation range must be set before the export",
+            f"{len(unset)} ranges without data",
+            "Pass calibration_data= to quantize_model, or train at least one step",
+        )
+
+
+def integer_model(qmodel: Any) -> IntegerModel:
+    """The integer model of a trained quantized model."""
+    graph = quantized_graph(qmodel)
+    check_ranges(graph)
+    return lower(graph)
+
+
+def export_tflite(
+    qmodel: Any,
+    path: str | os.PathLike,
+    *,
+    input_type: str = "float32",
+    output_type: str = "float32",
+    allow_float: bool = False,
+    weights_only: bool = False,
+) -> ExportReport:
+    """Write a trained quantized model as an integer `.tflite` file.
+
+    Every weight code, scale and zero point is the trained one. The same model gives the same bytes.
+
+    Args:
+        qmodel: a model from `quantize_model` or a quantizer.
+        path: the file to write; it is replaced only if the export succeeds.
+        input_type, output_type: `"float32"` (quantized at entry and exit), `"int8"` or `"uint8"`.
+        allow_float: write float ops where the model has them, instead of refusing.
+        weights_only: integer weights with float arithmetic.
+
+    Returns:
+        An `ExportReport`: what was written, whether it is fully integer, the size and the time.
+
+    Raises:
+        ExportError: float ops that were not allowed, ranges never set, or a path that cannot be written.
+        ModelError: a float model.
+        RangeError: a range that the kernels cannot hold.
+    """
+    start = time.perf_counter()
+    model = integer_model(qmodel)
+    if model.floats and not allow_float:
+        listed = "; ".join(f"{name}: {why}" for name, why in list(model.floats.items())[:8])
+        raise ExportError(
+            f"model {model.name!r}", "every op must run in integers", listed,
+            "Add a config entry that matches these ops, or pass allow_float=True",
+        )
+    data = encode(Emitter(with_boundary(model, input_type, output_type)).build())
+    report = audit_bytes(data, str(path))
+    if not report.fully_integer and not allow_float:
+        raise ExportError(f"model {model.name!r}", "a fully integer file", str(report.float_ops))
+    save(data, path)
+    return ExportReport(str(path), len(data), report.fully_integer, len(report.ops), dict(model.floats),
+                        report.least_runtime, time.perf_counter() - start)

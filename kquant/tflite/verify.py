@@ -1,0 +1,192 @@
+"""`verify`: does the artifact compute what was trained? Op by op, against the trained model and never against itself.
+
+For each op the artifact's own integer inputs are dequantized, the trained op is run on them in float32, and its result
+is compared with the artifact's output codes before rounding. Weights, biases, scales and zero points in the file are
+compared with the trained ones.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from kquant.core.calibration import batches
+from kquant.core.errors import ArtifactError
+from kquant.core.graph import Graph, Op, walk
+from kquant.core.int8_spec import EXACT, ROWS
+from kquant.core.integer import IntegerModel, IntOp
+from kquant.core.lower import lower
+from kquant.core.parity import OpTally, ParityReport, snr_db
+from kquant.tflite.export import check_ranges, quantized_graph
+from kquant.tflite.flatbuffer import FileModel, decode
+from kquant.tflite.reader import read_bytes
+from kquant.tflite.run import Artifact, run_all
+from kquant.tflite.verify_weights import compare_parameters
+
+
+def verify(qmodel: Any, path: str | os.PathLike, data: Any, *, kernels: str = "default") -> ParityReport:
+    """Compare an artifact with the trained model.
+
+    Args:
+        qmodel: the trained quantized model.
+        path: the `.tflite` file that was exported from it.
+        data: samples or batches, as `calibration_data` of `quantize_model`.
+        kernels: `"default"` (XNNPACK), `"builtin"` or `"reference"`.
+
+    Returns:
+        A `ParityReport`.
+
+    Raises:
+        ArtifactError: not a TFLite file, or one that lacks a tensor of this model.
+        CalibrationError: data that does not fit the model.
+    """
+    graph = quantized_graph(qmodel)
+    check_ranges(graph)
+    model = lower(graph)
+    content = read_bytes(path)
+    where = f"artifact {os.fspath(path)!r}"
+    file = decode(content, where)
+    _check_same(model, file, where)
+    problems, checked = compare_parameters(model, file)
+    run = _Run(graph, model, content, where, kernels)
+    for feeds in batches(data, graph):
+        run.batch(feeds)
+    return run.report(os.fspath(path), problems, checked)
+
+
+def _check_same(model: IntegerModel, file: FileModel, where: str) -> None:
+    """The file must hold every tensor that the model's plan names."""
+    names = {t.name for t in file.tensors}
+    missing = [t for op in model.ops if op.parts for t in op.outputs if t not in names]
+    if missing:
+        raise ArtifactError(
+            where, f"every quantized tensor of model {model.name!r} must be in the file",
+            f"no tensor named {', '.join(map(repr, missing[:4]))}", "Verify with the model that the file was exported from",
+        )
+
+
+class _Run:
+    """Gathers the comparison over batches."""
+
+    def __init__(self, graph: Graph, model: IntegerModel, content: bytes, where: str, kernels: str):
+        self.graph, self.model, self.content, self.where, self.kernels = graph, model, content, where, kernels
+        self.artifact = Artifact(content, where, kernels=kernels)
+        self.file = decode(content, where)
+        self.affines = {t.name: t for t in self.file.tensors}
+        self.tallies: dict[str, OpTally] = {}
+        self.samples, self.agree, self.ranked = 0, 0, 0
+        self.worst, self.differ, self.values = 0.0, 0, 0
+        self.signal = self.noise = 0.0
+
+    def batch(self, feeds: dict[str, np.ndarray]) -> None:
+        """Compare one batch."""
+        values = [feeds[n] for n in self.graph.inputs]
+        raw = run_all(self.content, values if len(values) > 1 else values[0], where=self.where, kernels=self.kernels)
+        reference = self._float_values(feeds)
+        for op in self.model.ops:
+            if op.parts and op.kind not in ("float", "quantize"):
+                self._compare(op, raw, reference)
+        self._end_to_end(feeds, values, raw, reference)
+        self.samples += len(values[0])
+
+    def _float_values(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The float model's value of every tensor: quantizers off, float weights."""
+        kept: dict[str, np.ndarray] = {}
+
+        def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
+            if op.kind == "fake_quant":
+                return inputs
+            kept.update({t: np.asarray(v) for t, v in zip(op.outputs, outputs, strict=True)})
+            return None
+
+        walk(self.graph, feeds, visit, float_weights=True)
+        return kept
+
+    def _real(self, tensor: str, raw: dict[str, np.ndarray]) -> np.ndarray | None:
+        """The real values of a tensor of the graph, from the artifact's codes."""
+        constant = self.graph.tensors[tensor].constant
+        if constant is not None:
+            return constant
+        name = self.model.bound[tensor]
+        affine = self.model.tensors[name].affine
+        return raw[name] if affine is None else affine.dequantize(raw[name])
+
+    def _compare(self, op: IntOp, raw: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> None:
+        values: dict[str, Any] = {}
+        for part in op.parts:
+            inputs = [values[t] if t in values else self._real(t, raw) for t in part.inputs]
+            values.update(zip(part.outputs, part.call(inputs), strict=True))
+        last = op.parts[-1]
+        finals = (last.outputs[0], *op.parts[0].outputs[1:])
+        for tensor, name in zip(finals, op.outputs, strict=True):
+            affine = self.model.tensors[name].affine
+            if affine is None:
+                continue
+            row = ROWS.get(op.kind)
+            bound = EXACT if row is None else row.bound
+            tally = self.tallies.setdefault(name, OpTally(name, _kind(op), bound, affine))
+            real = _unquantized(last, values[tensor], inputs)
+            tally.compare(raw[name], np.asarray(real))
+            if tensor in reference:
+                tally.against_float(affine.dequantize(raw[name]), reference[tensor])
+
+    def _end_to_end(
+        self, feeds: dict[str, np.ndarray], values: list, raw: dict[str, np.ndarray], reference: dict[str, np.ndarray]
+    ) -> None:
+        trained: dict[str, np.ndarray] = {}
+
+        def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> None:
+            trained.update({t: np.asarray(v) for t, v in zip(op.outputs, outputs, strict=True) if t in self.graph.outputs})
+
+        walk(self.graph, feeds, visit)
+        for tensor, name in zip(self.graph.outputs, self.model.outputs, strict=True):
+            affine = self.model.tensors[name].affine
+            if affine is None or tensor not in trained:
+                continue
+            mine, theirs = affine.dequantize(raw[name]), trained[tensor]
+            distance = np.abs(mine.astype(np.float64) - theirs) / np.float64(affine.scale)
+            self.worst = max(self.worst, float(distance.max(initial=0.0)))
+            self.differ += int((distance >= 0.5).sum())
+            self.values += distance.size
+            if theirs.ndim >= 2 and theirs.shape[-1] > 1:
+                same = mine.argmax(-1) == theirs.argmax(-1)
+                self.agree += int(same.sum())
+                self.ranked += same.size
+            source = self.model_tensor(tensor)
+            if source in reference:
+                self.signal += float((reference[source].astype(np.float64) ** 2).sum())
+                self.noise += float(((mine - reference[source]) ** 2).sum())
+
+    def model_tensor(self, tensor: str) -> str:
+        """The tensor before its fake quantization."""
+        producer = self.graph.producers().get(tensor)
+        return producer.inputs[0] if producer is not None and producer.kind == "fake_quant" else tensor
+
+    def report(self, path: str, problems: list[str], checked: int) -> ParityReport:
+        """The finished report."""
+        rows = [t.row() for t in self.tallies.values()]
+        count = sum(t.count for t in self.tallies.values()) or 1
+        problems = problems + [
+            f"op {r.name!r} ({r.kind}): max_lsb {r.max_lsb:.3f} (bound {r.bound}), mean error {r.mean_error:+.4f}"
+            for r in rows
+            if not r.ok
+        ]
+        return ParityReport(
+            path, not problems, max((r.max_lsb for r in rows), default=0.0),
+            sum(t.wrong for t in self.tallies.values()) / count,
+            max((r.mean_error for r in rows), key=abs, default=0.0), self.worst, self.differ / max(self.values, 1),
+            self.agree / self.ranked if self.ranked else None, snr_db(self.signal, self.noise), self.samples, checked,
+            problems, rows,
+        )  # fmt: skip
+
+
+def _kind(op: IntOp) -> str:
+    own = op.parts[0].kind
+    return own if own == op.kind else f"{own} by {op.kind}"
+
+
+def _unquantized(last: Op, value: Any, inputs: list[Any]) -> Any:
+    """A fake quantization is itself the op of a requantize: what it should round is its input."""
+    return inputs[0] if last.kind == "fake_quant" else value
