@@ -8,7 +8,7 @@ CONV = ("Conv2DOptions", {"padding": 0, "strideW": 1, "strideH": 1, "fusedActiva
 ADD = ("AddOptions", {"fusedActivationFunction": 0})
 FC = ("FullyConnectedOptions", {"fusedActivationFunction": 0})
 X, C, Y = (0.05, 3), (0.1, -5), (0.12, 1)  # (scale, zero point) of the input, the conv and the sum
-FC_W = 0.25
+FC_W = 0.237
 
 
 def affine(name, shape, pair, dtype="int8", signature=None, **more):

@@ -305,8 +305,7 @@ def _bits(raw: _Raw, quantizer: str) -> dict[str, int]:
             if types is not None and role not in (*types, "gradient"):
                 expected = f"{key!r} sets {role!r}, but 'quant_types' is {list(types)}"
                 raise raw.error([key], expected, raw.values[key], f"Add {role!r} to 'quant_types' or drop its bits")
-    quantized = types if types is not None else (*_DEFAULT_TYPES, *(r for r in given if r == "input"))
-    return {**dict.fromkeys(quantized, DEFAULT_BITS), **given}
+    return {**dict.fromkeys(types or _DEFAULT_TYPES, DEFAULT_BITS), **given}
 
 
 def _stated_bits(raw: _Raw, key: str, types: tuple[str, ...] | None, quantizer: str) -> dict[str, int]:

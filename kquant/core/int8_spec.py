@@ -100,7 +100,7 @@ ROWS: dict[str, Row] = {
         Row("mean", FREE, "MEAN", 2, "ReducerOptions", int16=True),
         Row("sum", FREE, "SUM", 2, "ReducerOptions"),
         Row("elementwise", FREE),  # a native kernel where one keeps the contract, else the exact 256-entry table
-        Row("prelu", FREE, "PRELU", 1, "", bound=1.0),
+        _weighted("prelu", "PRELU", 1, "", fuses_norm=False, fuses_relu=False, int16=False),
         # Fixed output parameters: spec, "Tensorflow Lite specification for 8-bit".
         _fixed("softmax", "SOFTMAX", "SoftmaxOptions", 1 / 256, -128, 1.0, True),
         _fixed("sigmoid", "LOGISTIC", "", 1 / 256, -128, EXACT, True),

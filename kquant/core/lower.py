@@ -180,8 +180,14 @@ class Lowering:
     def _requantize(self, op: Op, state: _State, affine: Affine) -> None:
         name = f"{op.inputs[0]}/requantized:{op.attrs['spec']}"
         shape = self._shape(op.output)
-        if affine.bits == 8 and state.affine.bits in (8, 16) or affine.bits == 16:
+        if affine.bits == 16 or state.affine.bits == 16:
             self._add(IntOp(name, "requantize", (state.tensor,), (name,), parts=(op,)), [affine], [shape])
+        elif affine.bits == 8 and shape[-1] is not None:
+            # An identity depthwise kernel rounds exactly; the int8-to-int8 QUANTIZE kernel is up to a step off.
+            channels = int(shape[-1])
+            ones = IntWeight(np.full(channels, 127, np.int8), np.full(channels, 1 / 127, np.float32), 8, np.zeros(channels))
+            made = IntOp(name, "channel_affine", (state.tensor,), (name,), weight=ones, parts=(op,))
+            self._add(made, [affine], [shape])
         else:
             codes = np.arange(-128, 128, dtype=np.int8)
             table = affine.quantize(state.affine.dequantize(codes))
@@ -311,13 +317,13 @@ def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
     """
     op = stage.anchor
     codes, scale, bits = _trained_codes(op)
+    if op.kind == "prelu":
+        return IntWeight(codes.astype(np.int8), np.asarray(scale, np.float32).reshape(-1), 8, np.zeros(0))
     channels = output_channels(op)
     bias = np.asarray(op.weights["bias"].read(), np.float64).reshape(-1) if "bias" in op.weights else np.zeros(channels)
     bias = np.broadcast_to(bias, (channels,)) if bias.size != channels else bias
     sign = np.ones(channels)
-    scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (channels,)) if op.kind != "prelu" else scale
-    if op.kind == "prelu":
-        return IntWeight(codes.astype(np.int8), np.asarray(scale, np.float32).reshape(-1), 8, np.zeros(0))
+    scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (channels,))
     if op.kind == "channel_affine":
         bias = np.asarray(op.weights["offset"].read(), np.float64)
     if stage.norm is not None:

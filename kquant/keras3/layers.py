@@ -257,7 +257,7 @@ class QuantizedLayer(keras.layers.Layer):
         return identity(y)
 
     def compute_output_spec(self, x: Any, training: bool | None = None, quantized: bool = True) -> Any:
-        return keras.KerasTensor(self.layer.compute_output_shape(x.shape), self.compute_dtype)
+        return keras.KerasTensor(linear_of(self.layer).shape(self.layer, tuple(x.shape)), self.compute_dtype)
 
     def get_config(self) -> dict:
         own = ("quantizer", "bits", "per_channel", "gradient_bits", "start_step")
@@ -338,3 +338,33 @@ class ChannelAffine(keras.layers.Layer):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "scale": self.has_scale, "offset": self.has_offset}
+
+
+@register
+class ReciprocalRoot(keras.layers.Layer):
+    """`1 / sqrt(max(x * factor, least) + epsilon)`, elementwise: the denominator of a normalization."""
+
+    def __init__(self, epsilon: float = 1e-3, factor: float = 1.0, least: float = 0.0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.epsilon, self.factor, self.least = epsilon, factor, least
+
+    def call(self, x: Any) -> Any:
+        return ops.rsqrt(ops.maximum(x * self.factor, self.least) + self.epsilon)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "epsilon": self.epsilon, "factor": self.factor, "least": self.least}
+
+
+@register
+class ScaledSoftmax(keras.layers.Layer):
+    """`softmax(beta * x)` over the last axis, as the target's SOFTMAX kernel computes it."""
+
+    def __init__(self, beta: float = 1.0, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.beta = beta
+
+    def call(self, x: Any) -> Any:
+        return ops.softmax(x * self.beta, axis=-1)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "beta": self.beta}

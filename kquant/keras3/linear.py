@@ -20,6 +20,7 @@ class Linear:
         axes: layer -> the kernel axes that share a scale (all but the output channel's), or None for one scale.
         attribute: the kernel's name on the layer.
         bias_shape: layer -> the shape in which the bias is added, or None where it broadcasts on the last axis.
+        output_shape: (layer, input shape) -> output shape, where the layer's own answer knows less.
         casts: whether the input is cast to the compute dtype (ids of an embedding are not).
     """
 
@@ -27,6 +28,11 @@ class Linear:
     axes: Callable[[Any], tuple[int, ...] | None]
     attribute: str = "kernel"
     casts: bool = True
+    output_shape: Callable[[Any, tuple], tuple] | None = None
+
+    def shape(self, layer: Any, x: tuple) -> tuple:
+        """The output shape for an input shape, None for unknown sizes."""
+        return self.output_shape(layer, x) if self.output_shape else tuple(layer.compute_output_shape(x))
 
     def kernel(self, layer: Any) -> Any:
         """The layer's kernel variable."""
@@ -70,6 +76,16 @@ def _einsum_axes(layer: Any) -> tuple[int, ...]:
     return tuple(i for i, letter in enumerate(letters) if letter not in output)
 
 
+def _einsum_shape(layer: Any, x: tuple) -> tuple:
+    """Sizes that the equation carries over; Keras' own answer has None for axes that are None in `output_shape`."""
+    known = tuple(layer.compute_output_shape(x))
+    inputs, output = layer.equation.replace(" ", "").split("->")
+    if "..." in output:
+        return known
+    sizes = dict(zip(inputs.split(",")[0], x, strict=True))
+    return tuple(sizes.get(c) if n is None else n for c, n in zip(output, known, strict=True))
+
+
 LINEAR: dict[type, Linear] = {
     layers.Conv1D: Linear(_conv1d, lambda layer: (0, 1)),
     layers.Conv2D: Linear(_conv, lambda layer: (0, 1, 2)),
@@ -78,7 +94,9 @@ LINEAR: dict[type, Linear] = {
     layers.Conv1DTranspose: Linear(_transpose, lambda layer: (0, 2)),
     layers.Conv2DTranspose: Linear(_transpose, lambda layer: (0, 1, 3)),
     layers.Dense: Linear(lambda layer, x, kernel: ops.matmul(x, kernel), lambda layer: (0,)),
-    layers.EinsumDense: Linear(lambda layer, x, kernel: ops.einsum(layer.equation, x, kernel), _einsum_axes),
+    layers.EinsumDense: Linear(
+        lambda layer, x, kernel: ops.einsum(layer.equation, x, kernel), _einsum_axes, output_shape=_einsum_shape
+    ),
     layers.Embedding: Linear(
         lambda layer, x, kernel: ops.take(kernel, ops.cast(x, "int32"), axis=0),
         lambda layer: None,

@@ -177,6 +177,11 @@ class Reader:
         if id(layer) not in self._expanded:
             self._expanded[id(layer)] = expand(layer, [t.shape for t in node.arguments.keras_tensors], node)
         parts = self._expanded[id(layer)]
+        if parts == "identity":
+            from kquant.keras3.read_layers import unchanged
+
+            shapes = [t.shape for t in node.outputs]
+            return self.add("identity", layer, inputs, shapes, self.clone(layer), call=unchanged)
         if isinstance(parts, str):
             return self.unknown(layer, inputs, node, parts)
         path = "/".join((*self.scope.path, layer.name))

@@ -11,7 +11,14 @@ from keras import layers
 
 from kquant.core.errors import UnsupportedError
 from kquant.core.graph import Weight
-from kquant.keras3.layers import BatchNormalization, ChannelAffine, FakeQuantize, QuantizedLayer
+from kquant.keras3.layers import (
+    BatchNormalization,
+    ChannelAffine,
+    FakeQuantize,
+    QuantizedLayer,
+    ReciprocalRoot,
+    ScaledSoftmax,
+)
 from kquant.keras3.linear import LINEAR
 from kquant.keras3.read import Reader, Source, _node_invoke
 
@@ -270,13 +277,38 @@ def read_activation(r: Reader, layer: Any, inputs: list[str], node: Any) -> list
     """`Activation(fn)`."""
     from kquant.keras3.functions import function_kind
 
-    return _unary(r, layer, inputs, node, *function_kind(layer.activation))
+    kind, attrs = function_kind(layer.activation)
+    if "reason" in attrs:
+        return r.unknown(layer, inputs, node, attrs["reason"])
+
+    def build() -> Any:  # not through its config: a lambda does not survive that
+        return layers.Activation(layer.activation, name=layer.name, dtype=layer.dtype_policy)
+
+    source = Source(id(layer), build, None, lambda new, values: new(values[0]), layer.name)
+    return r.add(kind, layer, inputs, [node.outputs[0].shape], source, attrs=attrs)
 
 
 def _unary(r: Reader, layer: Any, inputs: list[str], node: Any, kind: str, attrs: dict) -> list[str]:
     if "reason" in attrs:
         return r.unknown(layer, inputs, node, attrs["reason"])
     return r.add(kind, layer, inputs, [node.outputs[0].shape], r.clone(layer), attrs=attrs)
+
+
+@reads(layers.Lambda)
+def read_lambda(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """A function of the user's: a table if it is elementwise, else read op by op."""
+    from kquant.keras3.composite import expand_here
+    from kquant.keras3.functions import function_kind
+
+    kind, attrs = function_kind(layer.function)
+    if kind == "opaque" or len(inputs) != 1:
+        return expand_here(r, layer, inputs, node)
+
+    def build() -> Any:
+        return layers.Lambda(layer.function, layer._output_shape, arguments=layer.arguments, dtype=layer.dtype_policy)
+
+    source = Source(id(layer), build, None, lambda new, values: new(values[0]), layer.name)
+    return r.add(kind, layer, inputs, [node.outputs[0].shape], source, attrs=attrs)
 
 
 @reads(layers.ReLU)
@@ -322,7 +354,12 @@ IDENTITY = (
 @reads(*(getattr(layers, name) for name in IDENTITY if hasattr(layers, name)))
 def read_identity(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
     """Layers that act in training only."""
-    return r.add("identity", layer, inputs, [node.outputs[0].shape], r.clone(layer))
+    return r.add("identity", layer, inputs, [node.outputs[0].shape], r.clone(layer), call=unchanged)
+
+
+def unchanged(values: Any, float_weights: bool = False) -> list[Any]:
+    """What an identity op computes in inference; augmentation layers called alone would augment."""
+    return [values[0]]
 
 
 # -- arithmetic, shapes, pools --------------------------------------------------------------------------------------
@@ -433,3 +470,15 @@ def read_resize(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str
     if layer.interpolation not in kinds:
         return r.unknown(layer, inputs, node, f"interpolation {layer.interpolation!r} has no kernel on the target")
     return _shape_op(kinds[layer.interpolation], _resize)(r, layer, inputs, node)
+
+
+@reads(ReciprocalRoot)
+def read_reciprocal_root(r: Reader, layer: ReciprocalRoot, inputs: list[str], node: Any) -> list[str]:
+    """The reciprocal root of a normalization: an elementwise function."""
+    return _unary(r, layer, inputs, node, "elementwise", {"fn": "rsqrt"})
+
+
+@reads(ScaledSoftmax)
+def read_scaled_softmax(r: Reader, layer: ScaledSoftmax, inputs: list[str], node: Any) -> list[str]:
+    """Softmax with the kernel's factor."""
+    return _unary(r, layer, inputs, node, "softmax", {"axis": -1, "beta": layer.beta})

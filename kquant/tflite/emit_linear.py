@@ -12,6 +12,8 @@ from kquant.core.integer import IntOp
 from kquant.tflite.emit import Emitter, fused, lowers, padding
 
 INT4_VERSION = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 6, "FULLY_CONNECTED": 10}
+INT16_VERSION = {"CONV_2D": 4, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 7}
+INT4_SHIFT = 5  # a bias of at most 2^-6 codes, inside the contract's mean error of 0.02
 
 
 def bias_codes(bias: np.ndarray, source: Affine, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -24,27 +26,37 @@ def bias_codes(bias: np.ndarray, source: Affine, scale: np.ndarray) -> tuple[np.
     return codes.astype(np.int64 if source.bits == 16 else np.int32), unit.astype(np.float32)
 
 
-def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int]:
-    """The kernel (already in the target's layout, output channels on `axis`) and the bias as tensors."""
+def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
+    """The bits in which a kernel is stored, and the whole factor by which its codes are multiplied (its scale divided).
+
+    The built-in kernels round twice (gemmlowp's rounding-doubling high multiply, then a rounding shift by r bits), which
+    adds an error of up to 2^-r / 2 codes and, on ties of the first step, a bias of as much. Few large codes make r small,
+    so low-bit codes are spread over their storage: the same weights, a finer accumulator. int4, which only those kernels
+    run, is used where r stays at least `INT4_SHIFT`; elsewhere the same codes lie in int8 and run on exact kernels.
+    """
     weight = op.weight
-    scale = weight.scale
-    stored = "int4" if weight.storage_bits == 4 else "int8"
+    largest = max(int(np.abs(weight.codes).max(initial=0)), 1)
+    multiplier = np.float64(e.affine(op.inputs[0]).scale) * weight.scale.max() / np.float64(e.affine(op.outputs[0]).scale)
+    if weight.storage_bits == 4 and multiplier / (7 // largest) < 2.0**-INT4_SHIFT:
+        return 4, 7 // largest
+    return 8, 127 // largest
+
+
+def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int, int]:
+    """The kernel (already in the target's layout, output channels on `axis`), the bias, and the op's version."""
+    bits, gain = stored(e, op)
+    scale = (op.weight.scale / np.float32(gain)).astype(np.float32)
     kernel = e.constant(
-        f"{op.id}/kernel", codes, dtype=stored, scale=scale, zero_point=np.zeros(scale.size, np.int64), axis=axis
-    )
-    data, unit = bias_codes(weight.bias, e.affine(op.inputs[0]), scale)
+        f"{op.id}/kernel", codes * np.int8(gain), dtype=f"int{bits}", scale=scale,
+        zero_point=np.zeros(scale.size, np.int64), axis=axis,
+    )  # fmt: skip
+    source = e.affine(op.inputs[0])
+    data, unit = bias_codes(op.weight.bias, source, scale)
     bias = e.constant(f"{op.id}/bias", data, scale=unit, zero_point=np.zeros(unit.size, np.int64))
-    return kernel, bias
-
-
-def version_of(e: Emitter, op: IntOp) -> int:
-    """The op version that int4 weights or 16-bit activations need."""
     row = ROWS[op.kind]
-    if op.weight is not None and op.weight.storage_bits == 4:
-        return INT4_VERSION[row.target]
-    if e.affine(op.inputs[0]).bits == 16:
-        return {"CONV_2D": 4, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 7}.get(row.target, row.version)
-    return row.version
+    if bits == 4:
+        return kernel, bias, INT4_VERSION[row.target]
+    return kernel, bias, INT16_VERSION.get(row.target, row.version) if source.bits == 16 else row.version
 
 
 def lifted(e: Emitter, op: IntOp, rank: int) -> tuple[int, int, Any]:
@@ -89,10 +101,10 @@ def _causal(e: Emitter, op: IntOp, source: int) -> tuple[int, dict]:
 @lowers("conv2d")
 def _conv2d(e: Emitter, op: IntOp) -> None:
     codes = op.weight.codes if op.attrs["rank"] == 2 else op.weight.codes[None]
-    kernel, bias = weights(e, op, np.ascontiguousarray(codes.transpose(3, 0, 1, 2)), 0)
+    kernel, bias, version = weights(e, op, np.ascontiguousarray(codes.transpose(3, 0, 1, 2)), 0)
     source, target, close = lifted(e, op, op.attrs["rank"])
     source, fields = _causal(e, op, source)
-    e.op("CONV_2D", [source, kernel, bias], [target], version_of(e, op), ("Conv2DOptions", fields))
+    e.op("CONV_2D", [source, kernel, bias], [target], version, ("Conv2DOptions", fields))
     close()
 
 
@@ -100,10 +112,10 @@ def _conv2d(e: Emitter, op: IntOp) -> None:
 def _depthwise(e: Emitter, op: IntOp) -> None:
     codes = op.weight.codes if op.attrs["rank"] == 2 else op.weight.codes[None]
     height, width, channels, multiplier = codes.shape
-    kernel, bias = weights(e, op, codes.reshape(1, height, width, channels * multiplier), 3)
+    kernel, bias, version = weights(e, op, codes.reshape(1, height, width, channels * multiplier), 3)
     source, target, close = lifted(e, op, op.attrs["rank"])
     fields = {**_convolution_fields(op), "depthMultiplier": multiplier}
-    e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version_of(e, op), ("DepthwiseConv2DOptions", fields))
+    e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version, ("DepthwiseConv2DOptions", fields))
     close()
 
 
@@ -111,7 +123,7 @@ def _depthwise(e: Emitter, op: IntOp) -> None:
 def _channel_affine(e: Emitter, op: IntOp) -> None:
     """A 1x1 depthwise convolution: one code of full magnitude per channel, so the factor is exact."""
     in_shape, channels = e.shape(op.inputs[0]), op.weight.codes.size
-    kernel, bias = weights(e, op, op.weight.codes.reshape(1, 1, 1, channels), 3)
+    kernel, bias, version = weights(e, op, op.weight.codes.reshape(1, 1, 1, channels), 3)
     fields = {
         "padding": 1, "strideH": 1, "strideW": 1, "dilationHFactor": 1, "dilationWFactor": 1, "depthMultiplier": 1,
         "fusedActivationFunction": fused(op),
@@ -119,7 +131,7 @@ def _channel_affine(e: Emitter, op: IntOp) -> None:
     source, target = e.tensor(op.inputs[0]), e.tensor(op.outputs[0])
     options = ("DepthwiseConv2DOptions", fields)
     if len(in_shape) == 4:
-        e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version_of(e, op), options)
+        e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version, options)
         return
     middle = (
         [1] * (4 - len(in_shape)) + list(in_shape[1:-1]) if len(in_shape) < 4 else [1, int(np.prod(in_shape[1:-1]))]
@@ -127,7 +139,7 @@ def _channel_affine(e: Emitter, op: IntOp) -> None:
     shape = (in_shape[0], *middle, channels)
     tall = e.reshape(source, f"{op.id}/in4d", shape, e.affine(op.inputs[0]))
     result = e.inner(f"{op.id}/out4d", shape, e.affine(op.outputs[0]))
-    e.op("DEPTHWISE_CONV_2D", [tall, kernel, bias], [result], version_of(e, op), options)
+    e.op("DEPTHWISE_CONV_2D", [tall, kernel, bias], [result], version, options)
     e.reshape_into(result, target, in_shape, f"{op.id}/flat")
 
 
@@ -137,7 +149,7 @@ def _dense(e: Emitter, op: IntOp) -> None:
     codes = op.weight.codes
     features = int(np.prod(codes.shape[:count]))
     units = codes.size // features
-    kernel, bias = weights(e, op, np.ascontiguousarray(codes.reshape(features, units).T), 0)
+    kernel, bias, version = weights(e, op, np.ascontiguousarray(codes.reshape(features, units).T), 0)
     source, target = e.tensor(op.inputs[0]), e.tensor(op.outputs[0])
     in_shape, out_shape = e.shape(op.inputs[0]), e.shape(op.outputs[0])
     if count > 1:
@@ -146,7 +158,7 @@ def _dense(e: Emitter, op: IntOp) -> None:
     wide = (*in_shape[:-1], units)
     result = target if wide == tuple(out_shape) else e.inner(f"{op.id}/out_flat", wide, e.affine(op.outputs[0]))
     fields = {"fusedActivationFunction": fused(op), "weightsFormat": 0, "keepNumDims": len(wide) != 2}
-    e.op("FULLY_CONNECTED", [source, kernel, bias], [result], version_of(e, op), ("FullyConnectedOptions", fields))
+    e.op("FULLY_CONNECTED", [source, kernel, bias], [result], version, ("FullyConnectedOptions", fields))
     if result != target:
         e.reshape_into(result, target, out_shape, f"{op.id}/split")
 
@@ -155,7 +167,7 @@ def _dense(e: Emitter, op: IntOp) -> None:
 def _transpose_conv(e: Emitter, op: IntOp) -> None:
     rank = op.attrs["rank"]
     codes = op.weight.codes if rank == 2 else op.weight.codes[None]
-    kernel, bias = weights(e, op, np.ascontiguousarray(codes.transpose(2, 0, 1, 3)), 0)
+    kernel, bias, version = weights(e, op, np.ascontiguousarray(codes.transpose(2, 0, 1, 3)), 0)
     source, target, close = lifted(e, op, rank)
     out_shape = e.shape(op.outputs[0])
     out_shape = out_shape if rank == 2 else (out_shape[0], 1, *out_shape[1:])

@@ -102,9 +102,6 @@ def load_artifact(path: str | os.PathLike[str], *, num_threads: int = 1, kernels
 
     Raises:
         ArtifactError: no such file, not a whole TFLite file, or one that the interpreter cannot load.
-
-    Example:
-        >>> y = load_artifact("model.tflite")(x)  # doctest: +SKIP
     """
     return Artifact(read_bytes(path), f"artifact {os.fspath(path)!r}", num_threads=num_threads, kernels=kernels)
 
@@ -113,6 +110,13 @@ class Artifact:
     """A file that runs like a function, on real values: it quantizes its inputs and dequantizes its outputs.
 
     `inputs` and `outputs` are its `Port`s.
+
+    Example:
+        >>> from kquant.tflite.flatbuffer import FileModel, FileOp, FileTensor
+        >>> x, y = (FileTensor(name, (1, 2), "float32", signature=(-1, 2)) for name in "xy")
+        >>> relu = encode(FileModel([x, y], [FileOp("RELU", (0,), (1,))], (0,), (1,)))
+        >>> Artifact(relu)([[-1.0, 2.0]])
+        array([[0., 2.]], dtype=float32)
     """
 
     def __init__(self, data: bytes, where: str = "artifact", *, num_threads: int = 1, kernels: str = "default"):
@@ -218,8 +222,8 @@ class _Session:
         if len(values) != len(names):
             raise ArtifactError(self.where, f"{len(names)} inputs are expected: {names}", f"{len(values)} inputs")
         codes = [p.encode(v, self.where) for p, v in zip(self.inputs, values, strict=True)]
-        if {p.shape[:1] for p in self.inputs} == {(-1,)} and len({c.shape[0] for c in codes}) > 1:
-            counts = {p.name: c.shape[0] for p, c in zip(self.inputs, codes, strict=True)}
+        if len({p.shape[:1] for p in self.inputs}) == 1 and len({c.shape[:1] for c in codes}) > 1:
+            counts = {p.name: len(c) for p, c in zip(self.inputs, codes, strict=True)}
             raise ArtifactError(self.where, "all inputs must have the same number of samples", counts)
         return codes
 

@@ -42,6 +42,8 @@ def compare_parameters(model: IntegerModel, file: FileModel) -> tuple[list[str],
 def trained_kernel(op: IntOp) -> tuple[np.ndarray, np.ndarray]:
     """The trained fake-quantized kernel with the batch norm factor in it (channels last, flattened), and the bias."""
     anchor = op.parts[0]
+    if anchor.kind == "fake_quant":  # an identity kernel that requantizes
+        return np.ones((1, op.weight.scale.size)), np.zeros(op.weight.scale.size)
     if anchor.kind == "channel_affine":
         return _values(anchor, "scale").reshape(1, -1), _values(anchor, "offset")
     codes, scale = (np.asarray(a, np.float64) for a in anchor.attrs["codes"]())
