@@ -47,6 +47,7 @@ class Row:
         fixed: the output's parameters at 8 bits, for FIXED rows.
         symmetric_inputs: indices of operands whose zero point must be 0.
         bound: largest measured distance to the exact unrounded code.
+        version16: the op version written for int16 activations, 0 for `version`.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Row:
     fixed: Affine | None = None
     symmetric_inputs: tuple[int, ...] = ()
     bound: float = EXACT
+    version16: int = 0
     nonneg: bool = field(default=False)
 
 
@@ -72,7 +74,8 @@ def _weighted(kind: str, target: str, version: int, options: str, **more: bool) 
 
 
 def _shared(kind: str, target: str = "", version: int = 1, options: str = "", **more: bool) -> Row:
-    return Row(kind, Placement.SHARED, target, version, options, int16=True, **more)  # type: ignore[arg-type]
+    flags = {"int16": True, **more}
+    return Row(kind, Placement.SHARED, target, version, options, **flags)  # type: ignore[arg-type]
 
 
 def _fixed(kind: str, target: str, options: str, scale: float, zero_point: int, bound: float, nonneg: bool) -> Row:
@@ -121,7 +124,7 @@ ROWS: dict[str, Row] = {
         _shared("strided_slice", "STRIDED_SLICE", 2, "StridedSliceOptions"),
         _shared("gather", "GATHER", 2, "GatherOptions"),
         _shared("tile", "TILE", 1, "TileOptions"),
-        _shared("resize_bilinear", "RESIZE_BILINEAR", 3, "ResizeBilinearOptions", rounds=True),
+        _shared("resize_bilinear", "RESIZE_BILINEAR", 3, "ResizeBilinearOptions", rounds=True, int16=False),
         _shared("resize_nearest", "RESIZE_NEAREST_NEIGHBOR", 3, "ResizeNearestNeighborOptions"),
         # Nothing in the artifact.
         Row("identity", Placement.IDENTITY, int16=True),

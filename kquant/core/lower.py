@@ -83,21 +83,18 @@ class Lowering:
     def _shape(self, tensor: str) -> tuple:
         return self.graph.tensors[tensor].shape
 
-    def _operand(self, tensor: str) -> str:
-        """The id under which an operand is read; constants are quantized to 8 bits here."""
+    def _operand(self, tensor: str, bits: int = 8) -> str:
+        """The id under which an operand is read; constants are quantized here."""
         value = self.graph.tensors[tensor].constant
         if value is None:
             return self.states[tensor].tensor
         if tensor not in self.tensors:
-            affine = constant_affine(value, tensor)
+            affine = constant_affine(value, tensor, bits)
             codes = affine.quantize(value)
             self.tensors[tensor] = IntTensor(tensor, value.shape, affine.dtype, affine, codes)
         return tensor
 
     def _result(self, tensor: str) -> str:
-        state = self.states[tensor]
-        if state.pending is not None:
-            self._float(state.pending, "its output is not quantized")
         return self.states[tensor].tensor
 
     # -- stages ---------------------------------------------------------------------------------------------------
@@ -227,7 +224,7 @@ class Lowering:
             self._function(stage, affine)
             return
         weight, attrs = None, op.attrs
-        inputs = tuple(self._operand(t) for t in op.inputs)
+        inputs = tuple(self._operand(t, 16 if affine.bits == 16 else 8) for t in op.inputs)
         if op.kind == "embedding":
             table = affine.quantize(np.asarray(op.attrs["codes"]()[0]) * op.attrs["codes"]()[1])
             attrs = {**attrs, "constant": table}
@@ -285,16 +282,16 @@ class Lowering:
         self._add(clamp, [affine], shapes[:1])
 
 
-def constant_affine(value: np.ndarray, name: str) -> Affine:
-    """Parameters of a constant operand: 8 bits over its own values and zero.
+def constant_affine(value: np.ndarray, name: str, bits: int = 8) -> Affine:
+    """Parameters of a constant operand: 8 or 16 bits over its own values and zero.
 
     A constant of one magnitude is held exactly, at code 127 or -127.
     """
     low, high = np.float32(min(value.min(), 0.0)), np.float32(max(value.max(), 0.0))
     magnitudes = np.unique(np.abs(value))
-    if magnitudes.size == 1 and magnitudes[0] > 0:
+    if magnitudes.size == 1 and magnitudes[0] > 0 and bits == 8:
         return Affine(np.float32(magnitudes[0] / 127), 0, 8)
-    return Affine.of_range(low, high, 8, name)
+    return Affine.of_range(low, high, bits, name)
 
 
 def function_table(op: Op, source: Affine, target: Affine) -> np.ndarray:

@@ -49,6 +49,7 @@ class Placer:
         self.parent: dict[str, str] = {}
         self.needs: dict[str, _Need] = {}
         self.sites: list[tuple[tuple, str, bool]] = []  # (place, tensor of the class, observes)
+        self.redirected: dict[tuple[str, int], str] = {}
         self.weights: dict[str, WeightSpec] = {}
         self.integer: set[str] = set()
         self.floats: dict[str, str] = {}
@@ -100,6 +101,7 @@ class Placer:
         self.integer.update(op.id for op in stage.ops)
         for index, tensor in enumerate(stage.anchor.inputs):
             self._place_input(stage, index, tensor)
+        self._match_widths(stage)
         self._note_nonneg(stage)
         if stage.row.placement is Placement.SHARED and not self._leaves_shared(stage):
             self._place_shared(stage)
@@ -164,6 +166,35 @@ class Placer:
         bits = entry.input_bits if entry is not None and entry.input_bits and (named or not from_model) else 8
         self._new(tensor, _Need(bits, naive=entry is not None and entry.quantizer == "naive"))
         self.sites.append((("tensor", tensor), tensor, True))
+
+    def _match_widths(self, stage: Stage) -> None:
+        """Kernels take all operands in 8 bits or all in 16: requantize those that differ from the output."""
+        op, row = stage.anchor, stage.row
+        ranged = [i for i, t in enumerate(op.inputs) if t in self.parent]
+        shared = row.placement is Placement.SHARED and not self._leaves_shared(stage)
+        wide = any(self._need(op.inputs[i]).bits == 16 for i in ranged) if shared else self._output_bits(stage) == 16
+        if wide and not row.int16:
+            if not shared:
+                raise UnsupportedError(
+                    f"layer {op.layer!r} ({op.type_name})",
+                    f"the target's 16-bit {op.kind} kernel does not keep its bound", "output bits 16",
+                    f"Give it 8 bits: {{'op_names': ['{op.layer}'], 'q_bits': 8}}",
+                )
+            wide = False
+        for index in ranged:
+            if (self._need(op.inputs[index]).bits == 16) != wide:
+                self._edge(op, index, _Need(16 if wide else 8))
+
+    def _edge(self, op: Op, index: int, need: _Need) -> None:
+        """A requantize that only this reader sees, on a range of its own."""
+        alias = f"{op.id}/operand{index}"
+        self._new(alias, need)
+        self.redirected[op.id, index] = alias
+        self.sites.append((("edge", op.id, index), alias, True))
+
+    def _operand(self, op: Op, index: int) -> str:
+        """The tensor that an op reads: its input, or the requantized one."""
+        return self.redirected.get((op.id, index), op.inputs[index])
 
     def _note_nonneg(self, stage: Stage) -> None:
         op, row = stage.anchor, stage.row
@@ -237,14 +268,15 @@ class Placer:
 
     def _place_shared(self, stage: Stage) -> None:
         op = stage.anchor
-        ranged = [t for t in op.inputs if t in self.parent]
+        operands = [self._operand(op, i) for i in range(len(op.inputs))]
+        ranged = [t for t in operands if t in self.parent]
         free = [t for t in ranged if self._need(t).fixed is None]
         target = (free or ranged)[0]
         for output in dict.fromkeys((*op.outputs, stage.output)):
             if output not in self.parent:
                 self._new(output, replace(self._need(target), nonneg=True))
                 self._join(target, output)
-        for index, tensor in enumerate(op.inputs):
+        for index, tensor in enumerate(operands):
             if tensor not in self.parent:
                 continue
             if self._need(tensor).joins(self._need(target)):
@@ -283,16 +315,14 @@ class Placer:
             if op.kind not in ROWS or op.id not in self.integer:
                 continue
             for index in ROWS[op.kind].symmetric_inputs:
-                tensor = op.inputs[index]
-                if tensor not in self.parent:
+                tensor = self._operand(op, index)
+                if tensor not in self.parent or self._need(tensor).bits == 16:
                     continue
                 need = self._need(tensor)
                 if need.fixed is None and not need.unit and need.bits == 8:
                     self.needs[self._find(tensor)] = replace(need, symmetric=True, nonneg=False)
                 elif need.fixed is None or need.fixed.zero_point != 0:
-                    alias = f"{op.id}/operand{index}"
-                    self._new(alias, _Need(8, symmetric=True))
-                    self.sites.append((("edge", op.id, index), alias, True))
+                    self._edge(op, index, _Need(8, symmetric=True))
 
     def _row(self, stage: Stage, specs: Mapping[str, Spec], edges: Mapping[tuple[str, int], Site]) -> PlanRow:
         op = stage.anchor

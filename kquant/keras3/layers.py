@@ -52,6 +52,12 @@ def fake_quantize_range(x: Any, low: Any, high: Any, bits: int) -> Any:
     return _clipped_straight_through(x, codes * scale, low, high)
 
 
+def _float_dtype(x: Any) -> str:
+    """The dtype of a fake-quantized tensor: its own, or float32 for integer pixels."""
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return dtype if "float" in dtype else "float32"
+
+
 @register
 class FakeQuantize(keras.layers.Layer):
     """Fake quantization of activations that share one range.
@@ -112,7 +118,7 @@ class FakeQuantize(keras.layers.Layer):
             quantized = ops.where(ready, quantized, wide)
         if training and self.start_step and site in (0, None):
             self.step.assign(self.step + 1)
-        return ops.cast(quantized, x.dtype)
+        return ops.cast(quantized, _float_dtype(x))
 
     def _ready(self, training: bool | None) -> Any:
         """Whether quantization is on, as a tensor; None where it always is."""
@@ -161,7 +167,7 @@ class FakeQuantize(keras.layers.Layer):
             variable.assign(array)
 
     def compute_output_spec(self, x: Any, site: int | None = None, training: bool | None = None) -> Any:
-        return keras.KerasTensor(x.shape, x.dtype)
+        return keras.KerasTensor(x.shape, _float_dtype(x))
 
     def get_config(self) -> dict:
         own = ("bits", "sites", "fixed", "symmetric", "nonneg", "start_step", "decay")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -289,11 +289,20 @@ def read(model: Any) -> Graph:
     outputs = reader.function(form, inputs)
     if not reader.ops:
         raise ModelError(f"model {model.name!r}", "a model with at least one layer", "an empty model")
+    _numbers_are_float(reader, inputs)
     names = tuple(dict.fromkeys(_output_names(form)))
     return Graph(
         tuple(reader.ops), reader.tensors, tuple(inputs), tuple(outputs), model.name, tuple(inputs),
         names if len(names) == len(outputs) else tuple(f"output_{i}" for i in range(len(outputs))),
     )
+
+
+def _numbers_are_float(reader: Reader, inputs: list[str]) -> None:
+    """An integer input that no embedding looks up holds numbers (pixels), which the artifact takes as real values."""
+    ids = {t for op in reader.ops if op.kind in ("embedding", "gather") for t in op.inputs}
+    for name in inputs:
+        if name not in ids and reader.tensors[name].dtype != "float32":
+            reader.tensors[name] = replace(reader.tensors[name], dtype="float32")
 
 
 def _output_names(form: Any) -> list[str]:

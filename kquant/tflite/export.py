@@ -11,7 +11,7 @@ from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel
 from kquant.core.lower import lower
 from kquant.core.reports import ExportReport
-from kquant.tflite import emit_linear, emit_shapes  # noqa: F401  (they enter their lowering functions)
+from kquant.tflite import emit_linear, emit_shapes, islands  # noqa: F401  (they enter their lowering functions)
 from kquant.tflite.audit import audit_bytes
 from kquant.tflite.boundary import with_boundary
 from kquant.tflite.emit import Emitter

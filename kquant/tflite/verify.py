@@ -86,7 +86,7 @@ class _Run:
         raw = run_all(self.content, values if len(values) > 1 else values[0], where=self.where, kernels=self.kernels)
         reference = self._float_values(feeds)
         for op in self.model.ops:
-            if op.parts and op.kind not in ("float", "quantize"):
+            if op.parts and op.kind != "float":
                 self._compare(op, raw, reference)
         self._end_to_end(feeds, values, raw, reference)
         self.samples += len(values[0])
@@ -114,6 +114,8 @@ class _Run:
         return raw[name] if affine is None else affine.dequantize(raw[name])
 
     def _compare(self, op: IntOp, raw: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> None:
+        if op.kind == "quantize" and np.asarray(raw.get(op.inputs[0], 0)).dtype.kind != "f":
+            return  # the boundary takes codes, so nothing was quantized here
         values: dict[str, Any] = {}
         for part in op.parts:
             inputs = [values[t] if t in values else self._real(t, raw) for t in part.inputs]
