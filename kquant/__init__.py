@@ -36,8 +36,9 @@ if TYPE_CHECKING:
         unfreeze_observers,
     )
     from kquant.tflite.audit import audit
-    from kquant.tflite.export import export_state, export_tflite
+    from kquant.tflite.export import export_tflite
     from kquant.tflite.run import load_artifact
+    from kquant.tflite.state import export_state
     from kquant.tflite.verify import verify
 
 # The same names as above, for the run time. A test compares the two.
@@ -62,8 +63,9 @@ _PUBLIC = {
         "unfreeze_observers",
     ),
     "kquant.tflite.audit": ("audit",),
-    "kquant.tflite.export": ("export_state", "export_tflite"),
+    "kquant.tflite.export": ("export_tflite",),
     "kquant.tflite.run": ("load_artifact",),
+    "kquant.tflite.state": ("export_state",),
     "kquant.tflite.verify": ("verify",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

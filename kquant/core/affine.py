@@ -113,3 +113,13 @@ def fake_quantize(x: Any, scale: Any, zero_point: Any, qmin: float, qmax: float,
     """
     codes = xp.clip(round_half_up(x / scale, xp) + zero_point, qmin, qmax)
     return (codes - zero_point) * scale
+
+
+def bias_codes(bias: np.ndarray, source: Affine, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 codes of a bias (int64 beside int16 activations) and their scale `s_in * s_w`, float32.
+
+    Source: TensorFlow Lite 8-bit quantization specification, bias of CONV_2D and others.
+    """
+    unit = np.float64(source.scale) * scale.astype(np.float64)
+    codes = round_half_up(bias / unit)
+    return codes.astype(np.int64 if source.bits == 16 else np.int32), unit.astype(np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -68,14 +69,14 @@ class Row:
     nonneg: bool = field(default=False)
 
 
-def _weighted(kind: str, target: str, version: int, options: str, **more: bool) -> Row:
+def _weighted(kind: str, target: str, version: int, options: str, **more: Any) -> Row:
     flags = {"int16": True, "fuses_norm": True, "fuses_relu": True, **more}
-    return Row(kind, Placement.FREE, target, version, options, weighted=True, **flags)  # type: ignore[arg-type]
+    return Row(kind, Placement.FREE, target, version, options, weighted=True, **flags)
 
 
-def _shared(kind: str, target: str = "", version: int = 1, options: str = "", **more: bool) -> Row:
+def _shared(kind: str, target: str = "", version: int = 1, options: str = "", **more: Any) -> Row:
     flags = {"int16": True, **more}
-    return Row(kind, Placement.SHARED, target, version, options, **flags)  # type: ignore[arg-type]
+    return Row(kind, Placement.SHARED, target, version, options, **flags)
 
 
 def _fixed(kind: str, target: str, options: str, scale: float, zero_point: int, bound: float, nonneg: bool) -> Row:
@@ -89,18 +90,18 @@ ROWS: dict[str, Row] = {
     row.kind: row
     for row in (
         # Weighted ops. Per-axis weights: spec, section "Per-axis vs per-tensor"; int4 versions: measured.
-        _weighted("conv2d", "CONV_2D", 3, "Conv2DOptions", int4=True),
-        _weighted("depthwise_conv2d", "DEPTHWISE_CONV_2D", 3, "DepthwiseConv2DOptions", int4=True),
+        _weighted("conv2d", "CONV_2D", 3, "Conv2DOptions", version16=4, int4=True),
+        _weighted("depthwise_conv2d", "DEPTHWISE_CONV_2D", 3, "DepthwiseConv2DOptions", version16=5, int4=True),
         _weighted("conv2d_transpose", "TRANSPOSE_CONV", 3, "TransposeConvOptions", int16=False),
-        _weighted("dense", "FULLY_CONNECTED", 4, "FullyConnectedOptions", int4=True),
-        _weighted("channel_affine", "DEPTHWISE_CONV_2D", 3, "DepthwiseConv2DOptions", fuses_norm=False),
+        _weighted("dense", "FULLY_CONNECTED", 4, "FullyConnectedOptions", version16=7, int4=True),
+        _weighted("channel_affine", "DEPTHWISE_CONV_2D", 3, "DepthwiseConv2DOptions", version16=5, fuses_norm=False),
         _weighted("embedding", "GATHER", 2, "GatherOptions", fuses_norm=False, fuses_relu=False),
         # Arithmetic. Rank <= 6; fused activations.
-        Row("add", FREE, "ADD", 2, "AddOptions", fuses_relu=True, int16=True, bound=0.65),
-        Row("sub", FREE, "SUB", 2, "SubOptions", fuses_relu=True, int16=True, bound=0.65),
-        Row("mul", FREE, "MUL", 2, "MulOptions", fuses_relu=True, int16=True),
-        Row("batch_matmul", FREE, "BATCH_MATMUL", 4, "BatchMatMulOptions", symmetric_inputs=(1,), int16=True),
-        Row("mean", FREE, "MEAN", 2, "ReducerOptions", int16=True),
+        Row("add", FREE, "ADD", 2, "AddOptions", version16=3, fuses_relu=True, int16=True, bound=0.65),
+        Row("sub", FREE, "SUB", 2, "SubOptions", version16=5, fuses_relu=True, int16=True, bound=0.65),
+        Row("mul", FREE, "MUL", 2, "MulOptions", version16=4, fuses_relu=True, int16=True),
+        Row("batch_matmul", FREE, "BATCH_MATMUL", 4, "BatchMatMulOptions", version16=4, symmetric_inputs=(1,), int16=True),
+        Row("mean", FREE, "MEAN", 2, "ReducerOptions", version16=3, int16=True),
         Row("sum", FREE, "SUM", 2, "ReducerOptions"),
         Row("elementwise", FREE),  # a native kernel where one keeps the contract, else the exact 256-entry table
         _weighted("prelu", "PRELU", 1, "", fuses_norm=False, fuses_relu=False, int16=False),
@@ -109,19 +110,19 @@ ROWS: dict[str, Row] = {
         _fixed("sigmoid", "LOGISTIC", "", 1 / 256, -128, EXACT, True),
         _fixed("tanh", "TANH", "", 1 / 128, 0, EXACT, False),
         # Equal scales in and out: spec, the ops with the same-scale restriction.
-        _shared("relu", "RELU"),
-        _shared("max_pool2d", "MAX_POOL_2D", 2, "Pool2DOptions"),
-        _shared("avg_pool2d", "AVERAGE_POOL_2D", 2, "Pool2DOptions", rounds=True, fuses_relu=True),
-        _shared("concat", "CONCATENATION", 2, "ConcatenationOptions"),
-        _shared("maximum", "MAXIMUM", 2, "MaximumMinimumOptions"),
-        _shared("minimum", "MINIMUM", 2, "MaximumMinimumOptions"),
-        _shared("reduce_max", "REDUCE_MAX", 2, "ReducerOptions"),
-        _shared("reduce_min", "REDUCE_MIN", 2, "ReducerOptions"),
+        _shared("relu", "RELU", version16=3),
+        _shared("max_pool2d", "MAX_POOL_2D", 2, "Pool2DOptions", version16=3),
+        _shared("avg_pool2d", "AVERAGE_POOL_2D", 2, "Pool2DOptions", version16=3, rounds=True, fuses_relu=True),
+        _shared("concat", "CONCATENATION", 2, "ConcatenationOptions", version16=3),
+        _shared("maximum", "MAXIMUM", 2, "MaximumMinimumOptions", version16=3),
+        _shared("minimum", "MINIMUM", 2, "MaximumMinimumOptions", version16=3),
+        _shared("reduce_max", "REDUCE_MAX", 2, "ReducerOptions", version16=3),
+        _shared("reduce_min", "REDUCE_MIN", 2, "ReducerOptions", version16=3),
         _shared("reshape", "RESHAPE", 1, "ReshapeOptions"),
-        _shared("transpose", "TRANSPOSE", 2, "TransposeOptions"),
-        _shared("pad", "PAD", 2, "PadOptions"),
-        _shared("mirror_pad", "MIRROR_PAD", 2, "MirrorPadOptions"),
-        _shared("strided_slice", "STRIDED_SLICE", 2, "StridedSliceOptions"),
+        _shared("transpose", "TRANSPOSE", 2, "TransposeOptions", version16=4),
+        _shared("pad", "PAD", 2, "PadOptions", version16=3),
+        _shared("mirror_pad", "MIRROR_PAD", 2, "MirrorPadOptions", version16=3),
+        _shared("strided_slice", "STRIDED_SLICE", 2, "StridedSliceOptions", version16=4),
         _shared("gather", "GATHER", 2, "GatherOptions"),
         _shared("tile", "TILE", 1, "TileOptions"),
         _shared("resize_bilinear", "RESIZE_BILINEAR", 3, "ResizeBilinearOptions", rounds=True, int16=False),

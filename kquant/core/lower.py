@@ -1,8 +1,6 @@
 """Lowering: from a quantized model's graph, with its fake-quantization markers, to the integer model.
 
-Codes come from the trained quantizers and parameters from their ranges; nothing is derived a second time. Batch norm
-goes into scale and bias: the codes of `w` and of `w * gamma / sigma` are the same but for the sign of gamma
-(Jacob et al. 2018, section 3.2, for per-channel ranges).
+Codes come from the trained quantizers and parameters from their ranges; nothing is derived a second time.
 """
 
 from __future__ import annotations
@@ -15,14 +13,10 @@ import numpy as np
 from kquant.core.affine import Affine
 from kquant.core.errors import RangeError
 from kquant.core.graph import Graph, Op
-from kquant.core.int8_spec import ROWS, Placement
+from kquant.core.fold import fold
+from kquant.core.int8_spec import Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
-from kquant.core.weights import SMALLEST_SCALE, storage_bits
-
-INT32_LIMIT = 2.0**30  # the largest bias code, one bit below int32, so that it always fits
-SMALLEST_MULTIPLIER = 2.0**-30  # of an accumulator to the output scale; kernels hold 2^-31 to 2^8
-LARGEST_MULTIPLIER = 2.0**8
 
 
 @dataclass(frozen=True)
@@ -304,84 +298,6 @@ def function_table(op: Op, source: Affine, target: Affine) -> np.ndarray:
             "NaN", "Restrict its input, or leave the layer in float with `exclude`",
         )
     return target.quantize(np.nan_to_num(result))
-
-
-def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
-    """Weight codes, channel scales and bias of a weighted stage, batch norm folded in.
-
-    The scale of a channel is at least `|bias| / (s_in * 2^30)`, so that the int32 bias fits, and large enough for the
-    kernel's multiplier; a channel raised to that floor is coded anew on the coarser grid.
-    """
-    op = stage.anchor
-    codes, scale, bits = _trained_codes(op)
-    if op.kind == "prelu":
-        return IntWeight(codes.astype(np.int8), np.asarray(scale, np.float32).reshape(-1), 8, np.zeros(0))
-    channels = output_channels(op)
-    bias = np.asarray(op.weights["bias"].read(), np.float64).reshape(-1) if "bias" in op.weights else np.zeros(channels)
-    bias = np.broadcast_to(bias, (channels,)) if bias.size != channels else bias
-    sign = np.ones(channels)
-    scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (channels,))
-    if op.kind == "channel_affine":
-        bias = np.asarray(op.weights["offset"].read(), np.float64)
-    if stage.norm is not None:
-        factor = np.asarray(stage.norm.weights["scale"].read(), np.float64)
-        bias = bias * factor + np.asarray(stage.norm.weights["offset"].read(), np.float64)
-        sign, scale = np.where(factor < 0, -1.0, 1.0), scale * np.abs(factor)
-    codes = _by_channel(op, codes) * sign
-    floor = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
-    floor = np.maximum(floor, SMALLEST_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale))
-    raised = scale < floor
-    coarser = np.floor(codes * (scale / np.where(raised, floor, 1.0)) + 0.5)
-    codes = np.where(raised, coarser, codes)
-    scale = np.where(raised, floor, scale).astype(np.float32)
-    _check_scale(op, scale, source, target)
-    return IntWeight(_from_channel(op, codes).astype(np.int8), scale, bits, bias)
-
-
-def _trained_codes(op: Op) -> tuple[np.ndarray, np.ndarray, int]:
-    if op.kind == "channel_affine":
-        factor = np.asarray(op.weights["scale"].read(), np.float64)
-        return np.where(factor < 0, -127.0, 127.0), np.abs(factor) / 127.0, 8
-    codes, scale = (np.asarray(a) for a in op.attrs["codes"]())
-    return codes, scale, storage_bits(op.attrs["formula"]) if ROWS[op.kind].int4 else 8
-
-
-def output_channels(op: Op) -> int:
-    """The number of output channels of a weighted op."""
-    if op.kind == "channel_affine":
-        return int(op.weights["scale"].shape[0])
-    kept = [n for i, n in enumerate(op.weights["kernel"].shape) if i not in op.attrs.get("kernel_axes", ())]
-    return int(np.prod(kept))
-
-
-def _by_channel(op: Op, codes: np.ndarray) -> np.ndarray:
-    """Codes with the output channel(s) flattened into the last axis."""
-    if op.kind == "channel_affine":
-        return codes
-    axes = op.attrs["kernel_axes"]
-    kept = [i for i in range(codes.ndim) if i not in axes]
-    return codes.transpose(*axes, *kept).reshape(*(codes.shape[a] for a in axes), -1)
-
-
-def _from_channel(op: Op, codes: np.ndarray) -> np.ndarray:
-    """The inverse of `_by_channel`."""
-    if op.kind == "channel_affine":
-        return codes
-    shape, axes = op.weights["kernel"].shape, op.attrs["kernel_axes"]
-    kept = [i for i in range(len(shape)) if i not in axes]
-    order = [*axes, *kept]
-    return codes.reshape([shape[i] for i in order]).transpose(np.argsort(order))
-
-
-def _check_scale(op: Op, scale: np.ndarray, source: Affine, target: Affine) -> None:
-    multiplier = scale.astype(np.float64) * source.scale / target.scale
-    if not np.isfinite(scale).all() or multiplier.max() >= LARGEST_MULTIPLIER:
-        raise RangeError(
-            f"tensor {op.output!r}",
-            f"the ratio of accumulator to output scale must lie below {LARGEST_MULTIPLIER:.0f}, which the kernel holds",
-            f"{multiplier.max():.3g} (weight scale {scale.max():.3g}, input {source.scale:.3g}, output {target.scale:.3g})",
-            "Calibrate on representative data, or leave the layer in float with `exclude`",
-        )
 
 
 def lower(graph: Graph) -> IntegerModel:

@@ -58,8 +58,33 @@ def _float_dtype(x: Any) -> str:
     return dtype if "float" in dtype else "float32"
 
 
+class _Delayed(keras.layers.Layer):
+    """A layer that begins to quantize at the training step `start_step`.
+
+    The variable `step` counts calls in training. A layer that a model calls at several places is called as often in each
+    step, so all its calls begin in the same step.
+    """
+
+    start_step: int
+
+    def _add_step(self) -> None:
+        if self.start_step:
+            self.step = self.add_weight(
+                name="step", shape=(), dtype="int32", initializer="zeros", trainable=False, autocast=False
+            )
+
+    def _started(self, training: bool | None) -> Any:
+        """Whether quantization has begun, as a tensor, or None without a delay. Counts a call in training."""
+        if not self.start_step:
+            return None
+        step = ops.convert_to_tensor(self.step)
+        if training:
+            self.step.assign(step + 1)
+        return step >= self.start_step * max(len(self._inbound_nodes), 1)
+
+
 @register
-class FakeQuantize(keras.layers.Layer):
+class FakeQuantize(_Delayed):
     """Fake quantization of activations that share one range.
 
     In training each call site keeps its own moving minimum and maximum, and the range is their union, so tensors that
@@ -93,9 +118,9 @@ class FakeQuantize(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape: Any = None) -> None:
-        def state(name: str, shape: tuple, dtype: str = "float32") -> Any:
+        def state(name: str, shape: tuple) -> Any:
             return self.add_weight(
-                name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False, autocast=False
+                name=name, shape=shape, dtype="float32", initializer="zeros", trainable=False, autocast=False
             )
 
         if self.fixed is None:
@@ -103,8 +128,7 @@ class FakeQuantize(keras.layers.Layer):
             self.maximum = state("maximum", (self.sites,))
             self.seen = state("seen", (self.sites,))
             self.frozen = state("frozen", ())
-        if self.start_step:
-            self.step = state("step", (), "int32")
+        self._add_step()
         self.built = True
 
     def call(self, x: Any, site: int | None = None, training: bool | None = None) -> Any:
@@ -116,20 +140,15 @@ class FakeQuantize(keras.layers.Layer):
         ready = self._ready(training)
         if ready is not None:
             quantized = ops.where(ready, quantized, wide)
-        if training and self.start_step and site in (0, None):
-            self.step.assign(self.step + 1)
         return ops.cast(quantized, _float_dtype(x))
 
     def _ready(self, training: bool | None) -> Any:
         """Whether quantization is on, as a tensor; None where it always is."""
-        conditions = []
-        if self.start_step:
-            conditions.append(self.step >= self.start_step)
-        if self.fixed is None and not training:
-            conditions.append(ops.max(self.seen) > 0)
-        if len(conditions) == 2:
-            return ops.logical_and(*conditions)
-        return conditions[0] if conditions else None
+        started = self._started(training)
+        if self.fixed is not None or training:
+            return started
+        seen = ops.max(self.seen) > 0
+        return seen if started is None else ops.logical_and(started, seen)
 
     def _observe(self, x: Any, site: int) -> None:
         low = ops.zeros(()) if self.nonneg else ops.minimum(ops.min(x), 0.0)
@@ -157,12 +176,12 @@ class FakeQuantize(keras.layers.Layer):
 
     def is_set(self) -> bool:
         """Whether the range has come from data, or is fixed."""
-        return self.fixed is not None or bool(np.array(self.seen).max() > 0)
+        return self.fixed is not None or bool(np.asarray(self.seen).max() > 0)
 
     def set_range(self, low: float, high: float, site: int) -> None:
         """Set a site's range, as calibration does."""
         for variable, value in ((self.minimum, low), (self.maximum, high), (self.seen, 1.0)):
-            array = np.array(variable)
+            array = np.asarray(variable).copy()
             array[site] = value
             variable.assign(array)
 
@@ -175,7 +194,7 @@ class FakeQuantize(keras.layers.Layer):
 
 
 @register
-class QuantizedLayer(keras.layers.Layer):
+class QuantizedLayer(_Delayed):
     """A layer whose kernel is quantized each time it is used; its float kernel stays the trained variable.
 
     The gradient is passed straight through the rounding. Batch norm, if any, stays behind it in the model.
@@ -211,10 +230,7 @@ class QuantizedLayer(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         if not self.layer.built:
             self.layer.build(input_shape)
-        if self.start_step:
-            self.step = self.add_weight(
-                name="step", shape=(), dtype="int32", initializer="zeros", trainable=False, autocast=False
-            )
+        self._add_step()
         self.built = True
 
     @property
@@ -234,29 +250,28 @@ class QuantizedLayer(keras.layers.Layer):
 
     def call(self, x: Any, training: bool | None = None, quantized: bool = True) -> Any:
         kernel = self.quantized_kernel() if quantized else ops.convert_to_tensor(self.kernel)
-        if self.start_step and quantized:
-            kernel = ops.where(self.step >= self.start_step, kernel, ops.convert_to_tensor(self.kernel))
-            if training:
-                self.step.assign(self.step + 1)
+        started = self._started(training) if quantized else None
+        if started is not None:
+            kernel = ops.where(started, kernel, ops.convert_to_tensor(self.kernel))
         rule = LINEAR[type(self.layer)]
         kind = self.compute_dtype
         if rule.casts:
             x = ops.cast(x, kind)
         y = rule.apply(self.layer, x, ops.cast(kernel, kind))
         if self.gradient_bits and training:
-            y = self._with_quantized_gradient(y)
+            y = self._with_quantized_gradient(y, started)
         bias = rule.bias(self.layer)
         return y if bias is None else y + ops.cast(ops.convert_to_tensor(bias), kind)
 
-    def _with_quantized_gradient(self, y: Any) -> Any:
+    def _with_quantized_gradient(self, y: Any, started: Any) -> Any:
         noise = keras.random.uniform(ops.shape(y), -0.5, 0.5, dtype="float32", seed=self.noise)
         bits = self.gradient_bits
 
         @tf.custom_gradient
         def identity(value: Any) -> Any:
             def backward(upstream: Any) -> Any:
-                quantized = quantize_gradient(ops.cast(upstream, "float32"), noise, bits, ops)
-                return ops.cast(quantized, upstream.dtype)
+                quantized = ops.cast(quantize_gradient(ops.cast(upstream, "float32"), noise, bits, ops), upstream.dtype)
+                return quantized if started is None else ops.where(started, quantized, upstream)
 
             return value, backward
 
@@ -292,14 +307,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         )
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        if not training or not self.trainable or mask is not None:
+        if not training or not self.trainable:
             return super().call(inputs, training=training, mask=mask)
         x = ops.cast(inputs, "float32")
-        axes = [a for a in range(len(x.shape)) if a != self.axis % len(x.shape)]
         frozen = self.frozen > 0
-        mean, variance = ops.moments(x, axes=axes, synchronized=self.synchronized)
         moved = []
-        for variable, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+        for variable, batch in zip((self.moving_mean, self.moving_variance), self._moments(x, mask), strict=True):
             old = ops.convert_to_tensor(variable)
             moved.append(ops.where(frozen, old, batch))
             variable.assign(ops.where(frozen, old, old * self.momentum + batch * (1.0 - self.momentum)))

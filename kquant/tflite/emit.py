@@ -30,8 +30,8 @@ def lowers(*kinds: str) -> Callable[[Lowerer], Lowerer]:
 class Emitter:
     """Collects the tensors and ops of one file."""
 
-    def __init__(self, model: IntegerModel):
-        self.model = model
+    def __init__(self, model: IntegerModel, description: str = "kquant"):
+        self.model, self.description = model, description
         self.tensors: list[FileTensor] = []
         self.index: dict[str, int] = {}
         self.ops: list[FileOp] = []
@@ -64,14 +64,23 @@ class Emitter:
         return self.model.tensors[name].shape
 
     def affine(self, name: str) -> Affine:
-        """The quantization of a tensor."""
+        """The quantization of a quantized tensor."""
         affine = self.model.tensors[name].affine
         assert affine is not None
         return affine
 
-    def inner(self, name: str, shape: Any, affine: Affine | None, dtype: str | None = None) -> int:
-        """A tensor between the parts of one op."""
-        return self._append(name, shape, dtype or (affine.dtype if affine else "int32"), None, affine)
+    def is_float(self, name: str) -> bool:
+        """Whether a tensor is float, as in a weights-only file."""
+        return self.model.tensors[name].affine is None
+
+    def inner(self, name: str, shape: Any, like: str) -> int:
+        """A tensor between the parts of one op, quantized like a tensor of the model."""
+        tensor = self.model.tensors[like]
+        return self._append(name, shape, tensor.dtype, None, tensor.affine)
+
+    def helper(self, name: str, shape: Any, dtype: str) -> int:
+        """A tensor between the parts of one op that holds indices or sizes."""
+        return self._append(name, shape, dtype, None, None)
 
     def constant(self, name: str, data: np.ndarray, affine: Affine | None = None, **more: Any) -> int:
         """A constant tensor."""
@@ -90,12 +99,20 @@ class Emitter:
     def row_op(self, op: IntOp, inputs: Sequence[int], fields: dict, version: int | None = None) -> None:
         """Append the op that the row names, with its options."""
         row = ROWS[op.kind]
+        if row.target in ("ADD", "SUB"):
+            fields = {**fields, "potScaleInt16": False}
         options = (row.options, fields) if row.options else None
-        self.op(row.target, inputs, [self.tensor(t) for t in op.outputs], version or row.version, options)
+        self.op(row.target, inputs, [self.tensor(t) for t in op.outputs], version or self.version(op), options)
 
-    def reshape(self, source: int, name: str, shape: Any, affine: Affine | None) -> int:
-        """A reshape to `shape`, in which None is the dynamic batch; returns the new tensor."""
-        target = self.inner(name, shape, affine)
+    def version(self, op: IntOp) -> int:
+        """The op version that the row states for the op's activations."""
+        row = ROWS[op.kind]
+        wide = any(self.model.tensors[t].dtype == "int16" for t in op.outputs)
+        return row.version16 if wide and row.version16 else row.version
+
+    def reshape(self, source: int, name: str, shape: Any, like: str) -> int:
+        """A reshape to `shape`, in which None is the dynamic batch; returns the new tensor, quantized like `like`."""
+        target = self.inner(name, shape, like)
         self.reshape_into(source, target, shape, name)
         return target
 
@@ -124,7 +141,7 @@ class Emitter:
         inputs = tuple(self.tensor(t) for t in self.model.inputs)
         return FileModel(
             self.tensors, self.ops, inputs, outputs, self.model.input_names, self.model.output_names,
-            {"min_runtime_version": b""}, "kquant",
+            {"min_runtime_version": b""}, self.description,
         )  # fmt: skip
 
 
@@ -162,8 +179,8 @@ def _table(e: Emitter, op: IntOp) -> None:
     """BITCAST to uint8, CAST to int32, GATHER from 256 codes rotated by 128: exact for any function."""
     shape, name = e.shape(op.outputs[0]), op.id
     rotated = np.roll(op.table, -128)
-    unsigned = e.inner(f"{name}/unsigned", shape, None, "uint8")
-    index = e.inner(f"{name}/index", shape, None, "int32")
+    unsigned = e.helper(f"{name}/unsigned", shape, "uint8")
+    index = e.helper(f"{name}/index", shape, "int32")
     table = e.constant(f"{name}/table", rotated, e.affine(op.outputs[0]))
     e.op("BITCAST", [e.tensor(op.inputs[0])], [unsigned], 1, ("BitcastOptions", {}))
     e.op("CAST", [unsigned], [index], 1, ("CastOptions", {"inDataType": 3, "outDataType": 2}))
@@ -179,7 +196,7 @@ def _clamp(e: Emitter, op: IntOp) -> None:
     ]
     for i, (code, limit) in enumerate(steps):
         last = i == len(steps) - 1
-        target = e.tensor(op.outputs[0]) if last else e.inner(f"{op.id}/{code.lower()}", e.shape(op.outputs[0]), affine)
+        target = e.tensor(op.outputs[0]) if last else e.inner(f"{op.id}/{code.lower()}", e.shape(op.outputs[0]), op.outputs[0])
         constant = e.constant(f"{op.id}/{code.lower()}_limit", np.array([limit], affine.dtype), affine)
         e.op(code, [source, constant], [target], 2, ("MaximumMinimumOptions", {}))
         source = target
@@ -188,4 +205,4 @@ def _clamp(e: Emitter, op: IntOp) -> None:
 @lowers("relu")
 def _relu(e: Emitter, op: IntOp) -> None:
     code = "RELU6" if op.relu_max == 6.0 else "RELU"
-    e.op(code, [e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], 2)
+    e.op(code, [e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], e.version(op))

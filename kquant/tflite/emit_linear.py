@@ -6,24 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import Affine
+from kquant.core.affine import Affine, bias_codes
 from kquant.core.int8_spec import ROWS
 from kquant.core.integer import IntOp
 from kquant.tflite.emit import Emitter, fused, lowers, padding
 
 INT4_VERSION = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 6, "FULLY_CONNECTED": 10}
-INT16_VERSION = {"CONV_2D": 4, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 7}
 INT4_SHIFT = 5  # a bias of at most 2^-6 codes, inside the contract's mean error of 0.02
-
-
-def bias_codes(bias: np.ndarray, source: Affine, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int32 codes of a bias (int64 beside int16 activations) and their scale `s_in * s_w`, float32.
-
-    Source: TensorFlow Lite 8-bit quantization specification, bias of CONV_2D and others.
-    """
-    unit = np.float64(source.scale) * scale.astype(np.float64)
-    codes = np.floor(bias / unit + 0.5)
-    return codes.astype(np.int64 if source.bits == 16 else np.int32), unit.astype(np.float32)
 
 
 def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
@@ -37,13 +26,16 @@ def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
     weight = op.weight
     largest = max(int(np.abs(weight.codes).max(initial=0)), 1)
     multiplier = np.float64(e.affine(op.inputs[0]).scale) * weight.scale.max() / np.float64(e.affine(op.outputs[0]).scale)
-    if weight.storage_bits == 4 and multiplier / (7 // largest) < 2.0**-INT4_SHIFT:
+    narrow = e.affine(op.inputs[0]).bits != 16
+    if narrow and weight.storage_bits == 4 and multiplier / (7 // largest) < 2.0**-INT4_SHIFT:
         return 4, 7 // largest
     return 8, 127 // largest
 
 
 def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int, int]:
     """The kernel (already in the target's layout, output channels on `axis`), the bias, and the op's version."""
+    if e.is_float(op.inputs[0]):
+        return _float_weights(e, op, codes, axis)
     bits, gain = stored(e, op)
     scale = (op.weight.scale / np.float32(gain)).astype(np.float32)
     kernel = e.constant(
@@ -53,10 +45,16 @@ def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, i
     source = e.affine(op.inputs[0])
     data, unit = bias_codes(op.weight.bias, source, scale)
     bias = e.constant(f"{op.id}/bias", data, scale=unit, zero_point=np.zeros(unit.size, np.int64))
-    row = ROWS[op.kind]
-    if bits == 4:
-        return kernel, bias, INT4_VERSION[row.target]
-    return kernel, bias, INT16_VERSION.get(row.target, row.version) if source.bits == 16 else row.version
+    return kernel, bias, INT4_VERSION[ROWS[op.kind].target] if bits == 4 else e.version(op)
+
+
+def _float_weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int, int]:
+    """Weights-only: an integer kernel that is dequantized in the file, beside a float bias."""
+    scale = op.weight.scale
+    kernel = e.constant(f"{op.id}/kernel", codes, scale=scale, zero_point=np.zeros(scale.size, np.int64), axis=axis)
+    wide = e.helper(f"{op.id}/kernel_float", codes.shape, "float32")
+    e.op("DEQUANTIZE", [kernel], [wide], 5 if scale.size > 1 else 2, ("DequantizeOptions", {}))
+    return wide, e.constant(f"{op.id}/bias", op.weight.bias.astype(np.float32)), 1
 
 
 def lifted(e: Emitter, op: IntOp, rank: int) -> tuple[int, int, Any]:
@@ -65,8 +63,8 @@ def lifted(e: Emitter, op: IntOp, rank: int) -> tuple[int, int, Any]:
     if rank == 2:
         return source, target, lambda: None
     in_shape, out_shape = e.shape(op.inputs[0]), e.shape(op.outputs[0])
-    tall = e.reshape(source, f"{op.id}/in4d", (in_shape[0], 1, *in_shape[1:]), e.affine(op.inputs[0]))
-    result = e.inner(f"{op.id}/out4d", (out_shape[0], 1, *out_shape[1:]), e.affine(op.outputs[0]))
+    tall = e.reshape(source, f"{op.id}/in4d", (in_shape[0], 1, *in_shape[1:]), op.inputs[0])
+    result = e.inner(f"{op.id}/out4d", (out_shape[0], 1, *out_shape[1:]), op.outputs[0])
     return tall, result, lambda: e.reshape_into(result, target, out_shape, f"{op.id}/flat")
 
 
@@ -92,7 +90,7 @@ def _causal(e: Emitter, op: IntOp, source: int) -> tuple[int, dict]:
     reach = op.attrs["dilation"][0] * (op.weight.codes.shape[0] - 1)
     shape = e.shape(op.inputs[0])
     length = None if shape[1] is None else shape[1] + reach
-    padded = e.inner(f"{op.id}/padded", (shape[0], 1, length, shape[2]), e.affine(op.inputs[0]))
+    padded = e.inner(f"{op.id}/padded", (shape[0], 1, length, shape[2]), op.inputs[0])
     pads = e.ints(f"{op.id}/paddings", [[0, 0], [0, 0], [reach, 0], [0, 0]])
     e.op("PAD", [source, pads], [padded], 2, ("PadOptions", {}))
     return padded, fields
@@ -137,8 +135,8 @@ def _channel_affine(e: Emitter, op: IntOp) -> None:
         [1] * (4 - len(in_shape)) + list(in_shape[1:-1]) if len(in_shape) < 4 else [1, int(np.prod(in_shape[1:-1]))]
     )
     shape = (in_shape[0], *middle, channels)
-    tall = e.reshape(source, f"{op.id}/in4d", shape, e.affine(op.inputs[0]))
-    result = e.inner(f"{op.id}/out4d", shape, e.affine(op.outputs[0]))
+    tall = e.reshape(source, f"{op.id}/in4d", shape, op.inputs[0])
+    result = e.inner(f"{op.id}/out4d", shape, op.outputs[0])
     e.op("DEPTHWISE_CONV_2D", [tall, kernel, bias], [result], version, options)
     e.reshape_into(result, target, in_shape, f"{op.id}/flat")
 
@@ -154,9 +152,9 @@ def _dense(e: Emitter, op: IntOp) -> None:
     in_shape, out_shape = e.shape(op.inputs[0]), e.shape(op.outputs[0])
     if count > 1:
         in_shape = (*in_shape[: len(in_shape) - count], features)
-        source = e.reshape(source, f"{op.id}/in_flat", in_shape, e.affine(op.inputs[0]))
+        source = e.reshape(source, f"{op.id}/in_flat", in_shape, op.inputs[0])
     wide = (*in_shape[:-1], units)
-    result = target if wide == tuple(out_shape) else e.inner(f"{op.id}/out_flat", wide, e.affine(op.outputs[0]))
+    result = target if wide == tuple(out_shape) else e.inner(f"{op.id}/out_flat", wide, op.outputs[0])
     fields = {"fusedActivationFunction": fused(op), "weightsFormat": 0, "keepNumDims": len(wide) != 2}
     e.op("FULLY_CONNECTED", [source, kernel, bias], [result], version, ("FullyConnectedOptions", fields))
     if result != target:
@@ -184,9 +182,9 @@ def _output_shape(e: Emitter, op: IntOp, source: int, shape: Any) -> int:
     """The int32 output shape: a constant, or with the batch of the input where that is dynamic."""
     if None not in shape:
         return e.ints(f"{op.id}/output_shape", shape)
-    whole = e.inner(f"{op.id}/input_shape", (4,), None)
-    batch = e.inner(f"{op.id}/batch", (1,), None)
-    result = e.inner(f"{op.id}/output_shape", (4,), None)
+    whole = e.helper(f"{op.id}/input_shape", (4,), "int32")
+    batch = e.helper(f"{op.id}/batch", (1,), "int32")
+    result = e.helper(f"{op.id}/output_shape", (4,), "int32")
     e.op("SHAPE", [source], [whole], 1, ("ShapeOptions", {"outType": 2}))
     bounds = [e.ints(f"{op.id}/{n}", [v]) for n, v in (("begin", 0), ("end", 1), ("step", 1))]
     e.op("STRIDED_SLICE", [whole, *bounds], [batch], 1, ("StridedSliceOptions", {}))

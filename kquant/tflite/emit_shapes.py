@@ -21,7 +21,7 @@ def _pool(e: Emitter, op: IntOp) -> None:
     }  # fmt: skip
     source, target, close = lifted(e, op, rank)
     row = ROWS[op.kind]
-    e.op(row.target, [source], [target], row.version, (row.options, fields))
+    e.op(row.target, [source], [target], e.version(op), (row.options, fields))
     close()
 
 
@@ -44,8 +44,8 @@ def _softmax(e: Emitter, op: IntOp) -> None:
     order[axis], order[-1] = order[-1], order[axis]
     moved = tuple(shape[i] for i in order)
     perm = e.ints(f"{op.id}/perm", order)
-    before = e.inner(f"{op.id}/moved", moved, e.affine(op.inputs[0]))
-    after = e.inner(f"{op.id}/softmax", moved, e.affine(op.outputs[0]))
+    before = e.inner(f"{op.id}/moved", moved, op.inputs[0])
+    after = e.inner(f"{op.id}/softmax", moved, op.outputs[0])
     e.op("TRANSPOSE", [e.tensor(op.inputs[0]), perm], [before], 2, ("TransposeOptions", {}))
     e.op("SOFTMAX", [before], [after], ROWS["softmax"].version, ("SoftmaxOptions", fields))
     e.op("TRANSPOSE", [after, perm], [e.tensor(op.outputs[0])], 2, ("TransposeOptions", {}))
@@ -109,7 +109,7 @@ def _tile(e: Emitter, op: IntOp) -> None:
     source, shape = e.tensor(op.inputs[0]), e.shape(op.inputs[0])
     if "expand" in op.attrs:
         axis = op.attrs["expand"]
-        source = e.reshape(source, f"{op.id}/expanded", (*shape[:axis], 1, *shape[axis:]), e.affine(op.inputs[0]))
+        source = e.reshape(source, f"{op.id}/expanded", (*shape[:axis], 1, *shape[axis:]), op.inputs[0])
     e.row_op(op, [source, e.ints(f"{op.id}/repeats", list(op.attrs["repeats"]))], {})
 
 

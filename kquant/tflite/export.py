@@ -11,11 +11,15 @@ from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel
 from kquant.core.lower import lower
 from kquant.core.reports import ExportReport
+from kquant.core.weights_only import weights_only as weights_only_form
 from kquant.tflite import emit_linear, emit_shapes, islands  # noqa: F401  (they enter their lowering functions)
 from kquant.tflite.audit import audit_bytes
 from kquant.tflite.boundary import with_boundary
 from kquant.tflite.emit import Emitter
 from kquant.tflite.flatbuffer import encode, save
+
+
+WEIGHTS_ONLY = "kquant, weights only"
 
 
 def quantized_graph(qmodel: Any) -> Graph:
@@ -47,7 +51,7 @@ def check_ranges(graph: Graph) -> None:
             f"tensors {', '.join(map(repr, unset[:5]))}{' ...' if len(unset) > 5 else ''}",
             "every activation range must be set before the export",
             f"{len(unset)} ranges without data",
-            "Pass calibration_data= to quantize_model, or train at least one step",
+            "Pass calibration_data= to quantize_model, or train a step; weights_only=True needs no ranges",
         )
 
 
@@ -87,14 +91,18 @@ def export_tflite(
         RangeError: a range that the kernels cannot hold.
     """
     start = time.perf_counter()
-    model = integer_model(qmodel)
+    if weights_only:
+        model, allow_float = weights_only_form(quantized_graph(qmodel)), True
+    else:
+        model = integer_model(qmodel)
     if model.floats and not allow_float:
         listed = "; ".join(f"{name}: {why}" for name, why in list(model.floats.items())[:8])
         raise ExportError(
             f"model {model.name!r}", "every op must run in integers", listed,
             "Add a config entry that matches these ops, or pass allow_float=True",
         )
-    data = encode(Emitter(with_boundary(model, input_type, output_type)).build())
+    description = WEIGHTS_ONLY if weights_only else "kquant"
+    data = encode(Emitter(with_boundary(model, input_type, output_type), description).build())
     report = audit_bytes(data, str(path))
     if not report.fully_integer and not allow_float:
         raise ExportError(f"model {model.name!r}", "a fully integer file", str(report.float_ops))

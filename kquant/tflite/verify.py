@@ -19,7 +19,8 @@ from kquant.core.int8_spec import EXACT, ROWS
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.lower import lower
 from kquant.core.parity import OpTally, ParityReport, snr_db
-from kquant.tflite.export import check_ranges, quantized_graph
+from kquant.core.weights_only import weights_only, without_activation_quantizers
+from kquant.tflite.export import WEIGHTS_ONLY, check_ranges, quantized_graph
 from kquant.tflite.flatbuffer import FileModel, decode
 from kquant.tflite.reader import read_bytes
 from kquant.tflite.run import Artifact, run_all
@@ -43,11 +44,15 @@ def verify(qmodel: Any, path: str | os.PathLike, data: Any, *, kernels: str = "d
         CalibrationError: data that does not fit the model.
     """
     graph = quantized_graph(qmodel)
-    check_ranges(graph)
-    model = lower(graph)
     content = read_bytes(path)
     where = f"artifact {os.fspath(path)!r}"
     file = decode(content, where)
+    if file.description == WEIGHTS_ONLY:
+        model = weights_only(graph)
+        graph = without_activation_quantizers(graph)
+    else:
+        check_ranges(graph)
+        model = lower(graph)
     _check_same(model, file, where)
     problems, checked = compare_parameters(model, file)
     run = _Run(graph, model, content, where, kernels)
@@ -145,10 +150,13 @@ class _Run:
         walk(self.graph, feeds, visit)
         for tensor, name in zip(self.graph.outputs, self.model.outputs, strict=True):
             affine = self.model.tensors[name].affine
-            if affine is None or tensor not in trained:
+            if tensor not in trained:
                 continue
-            mine, theirs = affine.dequantize(raw[name]), trained[tensor]
-            distance = np.abs(mine.astype(np.float64) - theirs) / np.float64(affine.scale)
+            theirs = trained[tensor]
+            mine = raw[name] if affine is None else affine.dequantize(raw[name])
+            # A float output has no codes: it is measured in steps of 1/127 of its own largest value.
+            step = max(float(np.abs(theirs).max(initial=0.0)) / 127, 1e-30) if affine is None else affine.scale
+            distance = np.abs(mine.astype(np.float64) - theirs) / np.float64(step)
             self.worst = max(self.worst, float(distance.max(initial=0.0)))
             self.differ += int((distance >= 0.5).sum())
             self.values += distance.size

@@ -51,7 +51,10 @@ def trained_kernel(op: IntOp) -> tuple[np.ndarray, np.ndarray]:
     axes = anchor.attrs["kernel_axes"]
     kept = [i for i in range(kernel.ndim) if i not in axes]
     flat = kernel.transpose(*axes, *kept).reshape(int(np.prod([kernel.shape[a] for a in axes])), -1)
-    bias = _values(anchor, "bias").reshape(-1) if "bias" in anchor.weights else np.zeros(flat.shape[1])
+    bias = _values(anchor, "bias") if "bias" in anchor.weights else np.zeros(flat.shape[1])
+    if bias.size != flat.shape[1]:
+        bias = np.broadcast_to(bias, [kernel.shape[i] for i in kept])
+    bias = bias.reshape(-1)
     norm = next((p for p in op.parts[1:] if p.kind == "channel_affine"), None)
     if norm is None:
         return flat, bias
@@ -75,15 +78,17 @@ def _compare_weights(op: IntOp, tensors: dict[str, FileTensor], model: IntegerMo
     source = model.tensors[op.inputs[0]].affine
     problems = []
     # Half a code of slack only where a nearly dead channel's scale was raised so that its bias fits.
-    floor = np.abs(want_bias) / (np.float64(source.scale) * 2.0**30)
+    floor = np.zeros(scale.size) if source is None else np.abs(want_bias) / (np.float64(source.scale) * 2.0**30)
     slack = WEIGHT_TOLERANCE * np.abs(want) + np.where(scale <= floor * 1.001, 0.5 * scale, 0.0)
     error = np.abs(codes * scale - want) - slack - 1e-30
     tiny = np.abs(want).max(axis=0) < scale  # a channel whose largest weight is below one code of the raised scale
     if (error[:, ~tiny] > 0).any():
         channel = int(np.argmax(error.max(axis=0)))
         problems.append(f"op {op.id!r}: the kernel of channel {channel} is not the trained one")
-    unit = np.float64(source.scale) * scale
-    off = np.abs(bias.data * unit - want_bias) / unit
+    # Without input codes the bias is float32 and must be the trained one to an ulp.
+    unit = np.abs(want_bias) * 1e-6 + 1e-30 if source is None else np.float64(source.scale) * scale
+    values = bias.data * (1.0 if source is None else unit)
+    off = np.abs(values - want_bias) / unit
     if (off > BIAS_TOLERANCE).any():
         problems.append(f"op {op.id!r}: the bias of channel {int(off.argmax())} is {off.max():.2f} units off")
     return problems

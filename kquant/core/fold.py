@@ -1,0 +1,128 @@
+"""Fold a weighted stage: its trained codes with the batch norm in their scales, and its bias.
+
+Batch norm goes into scale and bias: the codes of `w` and of `w * gamma / sigma` are the same but for the sign of gamma
+(Jacob et al. 2018, section 3.2, for ranges per channel).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kquant.core.affine import Affine, round_half_up
+from kquant.core.errors import ModelError, RangeError
+from kquant.core.graph import Op
+from kquant.core.int8_spec import ROWS
+from kquant.core.integer import IntWeight
+from kquant.core.stages import Stage
+from kquant.core.weights import SMALLEST_SCALE, storage_bits
+
+INT32_LIMIT = 2.0**30  # the largest bias code, one bit below int32, so that it always fits
+SMALLEST_MULTIPLIER = 2.0**-30  # of an accumulator to the output scale; kernels hold 2^-31 to 2^8
+LARGEST_MULTIPLIER = 2.0**8
+
+
+def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
+    """Weight codes, channel scales and bias of a weighted stage between two activation tensors.
+
+    The scale of a channel is at least `|bias| / (s_in * 2^30)`, so that the int32 bias fits, and large enough for the
+    kernel's multiplier; a channel raised to that floor is coded anew on the coarser grid.
+
+    Raises:
+        RangeError: a multiplier that the kernel cannot hold. ModelError: weights that are not finite.
+    """
+    op = stage.anchor
+    codes, scale, bits, bias = folded_codes(stage)
+    if op.kind == "prelu":
+        return IntWeight(codes.astype(np.int8), scale.astype(np.float32), bits, bias)
+    floor = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
+    floor = np.maximum(floor, SMALLEST_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale))
+    raised = scale < floor
+    coarser = round_half_up(by_channel(op, codes) * (scale / np.where(raised, floor, 1.0)))
+    codes = from_channel(op, np.where(raised, coarser, by_channel(op, codes)))
+    scale = np.where(raised, floor, scale).astype(np.float32)
+    _check_scale(op, scale, source, target)
+    return IntWeight(codes.astype(np.int8), scale, bits, bias)
+
+
+def folded_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
+    """Codes (the kernel's shape, sign of gamma included), scale per channel, storage bits and bias, float64."""
+    op = stage.anchor
+    codes, scale, bits = _trained_codes(op)
+    if op.kind == "prelu":
+        return codes, scale.reshape(-1), 8, np.zeros(0)
+    channels = output_channels(op)
+    scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (channels,))
+    bias = trained_bias(op)
+    if stage.norm is not None:
+        factor = np.asarray(stage.norm.weights["scale"].read(), np.float64)
+        bias = bias * factor + np.asarray(stage.norm.weights["offset"].read(), np.float64)
+        codes = from_channel(op, by_channel(op, codes) * np.where(factor < 0, -1.0, 1.0))
+        scale = scale * np.abs(factor)
+    for what, values in (("kernel", codes), ("scale", scale), ("bias", bias)):
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"layer {op.layer!r}", f"a finite {what}", "NaN or infinity", "Training diverged; lower the learning rate"
+            )
+    return codes, scale, bits, bias
+
+
+def trained_bias(op: Op) -> np.ndarray:
+    """The bias of an op, one value per output channel, float64; zeros without one."""
+    channels = output_channels(op)
+    if op.kind == "channel_affine":
+        return np.asarray(op.weights["offset"].read(), np.float64)
+    if "bias" not in op.weights:
+        return np.zeros(channels)
+    bias = np.asarray(op.weights["bias"].read(), np.float64)
+    # An einsum's bias may lack some of the kernel's output axes, and broadcasts over them.
+    return bias.reshape(-1) if bias.size == channels else np.broadcast_to(bias, _kept_shape(op)).reshape(-1)
+
+
+def _trained_codes(op: Op) -> tuple[np.ndarray, np.ndarray, int]:
+    if op.kind == "channel_affine":  # one weight per channel: a code of full magnitude holds it exactly
+        factor = np.asarray(op.weights["scale"].read(), np.float64)
+        return np.where(factor < 0, -127.0, 127.0), np.abs(factor) / 127.0, 8
+    codes, scale = (np.asarray(a) for a in op.attrs["codes"]())
+    return codes, scale, storage_bits(op.attrs["formula"]) if ROWS[op.kind].int4 else 8
+
+
+def _kept_axes(op: Op) -> list[int]:
+    return [i for i in range(len(op.weights["kernel"].shape)) if i not in op.attrs.get("kernel_axes", ())]
+
+
+def _kept_shape(op: Op) -> tuple[int, ...]:
+    return tuple(op.weights["kernel"].shape[i] for i in _kept_axes(op))
+
+
+def output_channels(op: Op) -> int:
+    """The number of output channels of a weighted op."""
+    if op.kind == "channel_affine":
+        return int(op.weights["scale"].shape[0])
+    return int(np.prod(_kept_shape(op)))
+
+
+def by_channel(op: Op, codes: np.ndarray) -> np.ndarray:
+    """Codes with the output channel(s) flattened into the last axis."""
+    if op.kind == "channel_affine":
+        return codes
+    axes = op.attrs["kernel_axes"]
+    return codes.transpose(*axes, *_kept_axes(op)).reshape(*(codes.shape[a] for a in axes), -1)
+
+
+def from_channel(op: Op, codes: np.ndarray) -> np.ndarray:
+    """The inverse of `by_channel`."""
+    if op.kind == "channel_affine":
+        return codes
+    order = [*op.attrs["kernel_axes"], *_kept_axes(op)]
+    return codes.reshape([op.weights["kernel"].shape[i] for i in order]).transpose(np.argsort(order))
+
+
+def _check_scale(op: Op, scale: np.ndarray, source: Affine, target: Affine) -> None:
+    multiplier = scale.astype(np.float64) * source.scale / target.scale
+    if not np.isfinite(scale).all() or multiplier.max() >= LARGEST_MULTIPLIER:
+        raise RangeError(
+            f"tensor {op.output!r}",
+            f"the ratio of accumulator to output scale must lie below {LARGEST_MULTIPLIER:.0f}, which the kernel holds",
+            f"{multiplier.max():.3g} (weight {scale.max():.3g}, input {source.scale:.3g}, output {target.scale:.3g})",
+            "Calibrate on representative data, or leave the layer in float with `exclude`",
+        )
