@@ -19,6 +19,7 @@ from kquant.core.weights import SMALLEST_SCALE, storage_bits
 INT32_LIMIT = 2.0**30  # the largest bias code, one bit below int32, so that it always fits
 SMALLEST_MULTIPLIER = 2.0**-30  # of an accumulator to the output scale; kernels hold 2^-31 to 2^8
 LARGEST_MULTIPLIER = 2.0**8
+DEAD_MULTIPLIER = 2.0**-12  # of a channel without weights: its bias is exact to 2^-13 output codes
 
 
 def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
@@ -36,6 +37,8 @@ def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
         return IntWeight(codes.astype(np.int8), scale.astype(np.float32), bits, bias)
     floor = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
     floor = np.maximum(floor, SMALLEST_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale))
+    dead = ~by_channel(op, codes).reshape(-1, scale.size).any(axis=0)  # any scale holds zeros: one that suits the bias
+    floor = np.where(dead, np.maximum(floor, DEAD_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale)), floor)
     raised = scale < floor
     coarser = round_half_up(by_channel(op, codes) * (scale / np.where(raised, floor, 1.0)))
     codes = from_channel(op, np.where(raised, coarser, by_channel(op, codes)))

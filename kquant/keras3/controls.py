@@ -168,8 +168,8 @@ def reestimate_batch_norm(qmodel: Any, data: Any, batches: int | None = None) ->
         CalibrationError: data that does not fit the model, or without a batch.
         ConfigError: `batches` that is not a positive integer.
 
-    Source: Nagel et al. 2022 (arXiv:2203.11086) for quantized training; the pass is that of stochastic weight averaging,
-    Izmailov et al. 2018 (arXiv:1803.05407).
+    Source: Nagel et al. 2022 (arXiv:2203.11086) for quantized training; the pass is that of stochastic weight
+    averaging, Izmailov et al. 2018 (arXiv:1803.05407).
     """
     if batches is not None and (not isinstance(batches, int) or isinstance(batches, bool) or batches < 1):
         raise ConfigError("batches", "a positive number of batches, or None for all", repr(batches))

@@ -61,8 +61,8 @@ def _float_dtype(x: Any) -> str:
 class _Delayed(keras.layers.Layer):
     """A layer that begins to quantize at the training step `start_step`.
 
-    The variable `step` counts calls in training. A layer that a model calls at several places is called as often in each
-    step, so all its calls begin in the same step.
+    The variable `step` counts calls in training. A layer that a model calls at several places is called as often in
+    each step, so all its calls begin in the same step.
     """
 
     start_step: int

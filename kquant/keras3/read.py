@@ -242,7 +242,7 @@ def functional(model: Any) -> Any:
     if not model.built or not shapes:
         raise ModelError(
             f"model {model.name!r}", "it must be built before it is quantized", "a subclassed model never called",
-            "Call the model on a batch once",
+            "Call the model on a batch once; its call() must also work on symbolic inputs",
         )
     symbolic = [keras.Input(batch_shape=(None, *s[1:])) for s in _flat_shapes(list(shapes.values()))]
     try:

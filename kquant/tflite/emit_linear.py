@@ -12,6 +12,7 @@ from kquant.core.integer import IntOp
 from kquant.tflite.emit import Emitter, fused, lowers, padding
 
 INT4_VERSION = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 6, "FULLY_CONNECTED": 10}
+BIAS_LIMIT = 2.0**31 - 2.0**20  # the largest int32 bias code that leaves room for rounding
 INT4_SHIFT = 5  # a bias of at most 2^-6 codes, inside the contract's mean error of 0.02
 
 
@@ -25,11 +26,14 @@ def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
     """
     weight = op.weight
     largest = max(int(np.abs(weight.codes).max(initial=0)), 1)
+    # The finer accumulator must still hold the bias.
+    unit = np.float64(e.affine(op.inputs[0]).scale) * weight.scale.astype(np.float64)
+    room = max(int(BIAS_LIMIT / max(float((np.abs(weight.bias) / unit).max(initial=0.0)), 1.0)), 1)
     multiplier = np.float64(e.affine(op.inputs[0]).scale) * weight.scale.max() / np.float64(e.affine(op.outputs[0]).scale)
     narrow = e.affine(op.inputs[0]).bits != 16
-    if narrow and weight.storage_bits == 4 and multiplier / (7 // largest) < 2.0**-INT4_SHIFT:
-        return 4, 7 // largest
-    return 8, 127 // largest
+    if narrow and weight.storage_bits == 4 and multiplier / min(7 // largest, room) < 2.0**-INT4_SHIFT:
+        return 4, min(7 // largest, room)
+    return 8, min(127 // largest, room)
 
 
 def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int, int]:

@@ -57,7 +57,7 @@ def test_family_is_fully_integer_and_as_trained(family: str, tmp_path, record_pr
     eight_bit = [op for op in parity.ops if op.bits == 8]
     low = [(op.name, op.codes_used) for op in eight_bit if op.codes_used < 32]
     used = 1 - len(low) / len(eight_bit)
-    logits = next(op for op in reversed(parity.ops) if op.kind == "dense")
+    logits = parity.ops[-2]  # the softmax is last
     line = f"{family}: max_lsb {parity.max_lsb:.3f}, logits {logits.snr_db:.1f} dB, {used:.1%} use 32 codes; below: {low}"
     record_property("family", line)
     print(line)
