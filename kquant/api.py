@@ -33,15 +33,15 @@ def front_end(model: Any) -> Any:
 
 
 def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str, Entry | None]:
-    candidates = [
-        Candidate(op.id, op.attrs.get("aliases", (op.layer,)), op.type_name, True) for op in graph.ops
-    ]
+    candidates = [Candidate(op.id, op.attrs.get("aliases", (op.layer,)), op.type_name, True) for op in graph.ops]
     return match(parse(config_list, quantizer=quantizer), candidates)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ConfigError(name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}")
+        raise ConfigError(
+            name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}"
+        )
 
 
 def plan(model: Any, config_list: Any = None, *, quantizer: str | None = None, target: str = "tflite") -> Plan:

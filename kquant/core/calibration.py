@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 
 from kquant.core.errors import CalibrationError
 from kquant.core.graph import Graph, Op, walk
+from kquant.core.input_range import input_ranges
 from kquant.core.observers import Observer, make_observer
 
 BATCH = 32  # samples of an array that are run at a time
+HEAD = 128  # samples on which the ranges of the inputs are chosen
 
 
 def batches(data: Any, graph: Graph) -> Iterator[dict[str, np.ndarray]]:
@@ -84,41 +87,71 @@ def _array(value: Any, graph: Graph, name: str, where: str) -> np.ndarray:
 def calibrate(graph: Graph, data: Any, observer: str = "auto") -> None:
     """Set the ranges of a quantized model's graph from data.
 
-    The model runs in inference mode on quantized weights and unquantized activations, op by op.
+    The model runs in inference mode on quantized weights and unquantized activations, op by op. With `"auto"` the ranges
+    of the model's inputs are first chosen by what they do to the model's outputs (`kquant.core.input_range`), since
+    inputs hold rare sentinel values (digital silence, missing values) that a range need not cover.
 
     Args:
         graph: a quantized model that was read; its `fake_quant` ops hold the quantizers.
         data: see `batches`.
         observer: `"auto"` (min-max; MSE at 4 bits and less), `"minmax"`, `"percentile"`, `"mse"` or `"ema"`.
     """
-    watchers: dict[tuple[str, int], Observer] = {}
-    clipped: dict[str, list[int]] = {}
+    stream = batches(data, graph)
+    head = _head(stream)
+    watch = _Watch(observer, input_ranges(graph, head) if observer == "auto" else {})
+    for feeds in itertools.chain(head, stream):
+        walk(graph, feeds, watch)
+    watch.set_ranges(graph)
+    _warn_clipped(watch.clipped)
 
-    def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
+
+def _head(stream: Iterator[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """The first batches of a stream, of at least `HEAD` samples in all if there are as many."""
+    head, count = [], 0
+    for feeds in stream:
+        head.append(feeds)
+        count += len(next(iter(feeds.values())))
+        if count >= HEAD:
+            break
+    return head
+
+
+class _Watch:
+    """Visits every fake quantization of a run, observes what flows in, and lets it through unquantized."""
+
+    def __init__(self, observer: str, limits: Mapping[str, tuple[np.float32, np.float32]]):
+        self.observer, self.limits = observer, limits
+        self.watchers: dict[tuple[str, int], Observer] = {}
+        self.clipped: dict[str, list[int]] = {}
+
+    def __call__(self, op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
         if op.kind != "fake_quant":
             return None
         quantizer, site = op.attrs["quantizer"], op.attrs["site"]
+        if op.id in self.limits:
+            return [np.clip(np.asarray(inputs[0]), *self.limits[op.id])]
         if site is not None:
             key = (op.attrs["spec"], site)
-            if key not in watchers:
-                watchers[key] = make_observer(observer, quantizer.bits, quantizer.symmetric, quantizer.nonneg)
-            watchers[key].update(np.asarray(inputs[0], np.float32), op.inputs[0])
+            if key not in self.watchers:
+                self.watchers[key] = make_observer(self.observer, quantizer.bits, quantizer.symmetric, quantizer.nonneg)
+            self.watchers[key].update(np.asarray(inputs[0], np.float32), op.inputs[0])
         elif op.attrs.get("unit"):
             values = np.asarray(inputs[0])
-            tally = clipped.setdefault(op.inputs[0], [0, 0])
+            tally = self.clipped.setdefault(op.inputs[0], [0, 0])
             tally[0] += int((values > 1).sum())
             tally[1] += values.size
             return None
         return inputs
 
-    for feeds in batches(data, graph):
-        walk(graph, feeds, visit)
-    for op in graph.ops:
-        if op.kind == "fake_quant" and op.attrs["site"] is not None:
+    def set_ranges(self, graph: Graph) -> None:
+        """Hand the ranges that were found to the quantizers."""
+        for op in graph.ops:
+            if op.kind != "fake_quant" or op.attrs["site"] is None:
+                continue
             key = (op.attrs["spec"], op.attrs["site"])
-            if key in watchers:
-                op.attrs["quantizer"].set_range(*watchers[key].range(op.inputs[0]), op.attrs["site"])
-    _warn_clipped(clipped)
+            found = self.limits.get(op.id) or (self.watchers[key].range(op.inputs[0]) if key in self.watchers else None)
+            if found is not None:
+                op.attrs["quantizer"].set_range(*found, op.attrs["site"])
 
 
 def _warn_clipped(clipped: dict[str, list[int]]) -> None:

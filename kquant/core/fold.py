@@ -38,7 +38,9 @@ def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
     floor = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
     floor = np.maximum(floor, SMALLEST_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale))
     dead = ~by_channel(op, codes).reshape(-1, scale.size).any(axis=0)  # any scale holds zeros: one that suits the bias
-    floor = np.where(dead, np.maximum(floor, DEAD_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale)), floor)
+    floor = np.where(
+        dead, np.maximum(floor, DEAD_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale)), floor
+    )
     raised = scale < floor
     coarser = round_half_up(by_channel(op, codes) * (scale / np.where(raised, floor, 1.0)))
     codes = from_channel(op, np.where(raised, coarser, by_channel(op, codes)))
@@ -64,7 +66,10 @@ def folded_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]
     for what, values in (("kernel", codes), ("scale", scale), ("bias", bias)):
         if not np.isfinite(values).all():
             raise ModelError(
-                f"layer {op.layer!r}", f"a finite {what}", "NaN or infinity", "Training diverged; lower the learning rate"
+                f"layer {op.layer!r}",
+                f"a finite {what}",
+                "NaN or infinity",
+                "Training diverged; lower the learning rate",
             )
     return codes, scale, bits, bias
 

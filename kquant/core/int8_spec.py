@@ -100,7 +100,16 @@ ROWS: dict[str, Row] = {
         Row("add", FREE, "ADD", 2, "AddOptions", version16=3, fuses_relu=True, int16=True, bound=0.65),
         Row("sub", FREE, "SUB", 2, "SubOptions", version16=5, fuses_relu=True, int16=True, bound=0.65),
         Row("mul", FREE, "MUL", 2, "MulOptions", version16=4, fuses_relu=True, int16=True),
-        Row("batch_matmul", FREE, "BATCH_MATMUL", 4, "BatchMatMulOptions", version16=4, symmetric_inputs=(1,), int16=True),
+        Row(
+            "batch_matmul",
+            FREE,
+            "BATCH_MATMUL",
+            4,
+            "BatchMatMulOptions",
+            version16=4,
+            symmetric_inputs=(1,),
+            int16=True,
+        ),
         Row("mean", FREE, "MEAN", 2, "ReducerOptions", version16=3, int16=True),
         Row("sum", FREE, "SUM", 2, "ReducerOptions"),
         Row("elementwise", FREE),  # a native kernel where one keeps the contract, else the exact 256-entry table

@@ -137,7 +137,9 @@ class Lowering:
             self.floats[op.id] = reason
             inputs = tuple(self._operand_float(t) for t in op.inputs)
             shapes = [self._shape(t) for t in op.outputs]
-            self._add(IntOp(op.id, "float", inputs, op.outputs, {"reason": reason}, parts=(op,)), [None] * len(shapes), shapes)
+            self._add(
+                IntOp(op.id, "float", inputs, op.outputs, {"reason": reason}, parts=(op,)), [None] * len(shapes), shapes
+            )
 
     def _operand_float(self, tensor: str) -> str:
         state = self.states.get(tensor)
@@ -176,7 +178,9 @@ class Lowering:
         elif affine.bits == 8 and shape[-1] is not None:
             # An identity depthwise kernel rounds exactly; the int8-to-int8 QUANTIZE kernel is up to a step off.
             channels = int(shape[-1])
-            ones = IntWeight(np.full(channels, 127, np.int8), np.full(channels, 1 / 127, np.float32), 8, np.zeros(channels))
+            ones = IntWeight(
+                np.full(channels, 127, np.int8), np.full(channels, 1 / 127, np.float32), 8, np.zeros(channels)
+            )
             made = IntOp(name, "channel_affine", (state.tensor,), (name,), weight=ones, parts=(op,))
             self._add(made, [affine], [shape])
         else:
@@ -294,8 +298,10 @@ def function_table(op: Op, source: Affine, target: Affine) -> np.ndarray:
     result = np.asarray(op.call([values])[0], np.float32)
     if np.isnan(result[source.qmin + 128 :]).any():
         raise RangeError(
-            f"tensor {op.output!r}", f"the function of {op.layer!r} must be finite over its input range",
-            "NaN", "Restrict its input, or leave the layer in float with `exclude`",
+            f"tensor {op.output!r}",
+            f"the function of {op.layer!r} must be finite over its input range",
+            "NaN",
+            "Restrict its input, or leave the layer in float with `exclude`",
         )
     return target.quantize(np.nan_to_num(result))
 

@@ -177,7 +177,8 @@ class Placer:
             if not shared:
                 raise UnsupportedError(
                     f"layer {op.layer!r} ({op.type_name})",
-                    f"the target's 16-bit {op.kind} kernel does not keep its bound", "output bits 16",
+                    f"the target's 16-bit {op.kind} kernel does not keep its bound",
+                    "output bits 16",
                     f"Give it 8 bits: {{'op_names': ['{op.layer}'], 'q_bits': 8}}",
                 )
             wide = False
@@ -305,9 +306,7 @@ class Placer:
             else:
                 edges[place[1], place[2]] = site
         rows = tuple(self._row(stage, specs, edges) for stage in self.stages if stage.anchor.kind != "identity")
-        return Plan(
-            self.graph, specs, sites, edges, self.weights, frozenset(self.integer), self.floats, rows
-        )
+        return Plan(self.graph, specs, sites, edges, self.weights, frozenset(self.integer), self.floats, rows)
 
     def _make_symmetric(self) -> None:
         """Operands whose zero point must be 0 make their whole class symmetric, or are requantized."""

@@ -232,7 +232,9 @@ def functional(model: Any) -> Any:
     if isinstance(model, keras.Sequential):
         if not model.built or model._functional is None:
             raise ModelError(
-                f"model {model.name!r}", "it must be built before it is quantized", "a Sequential without input shape",
+                f"model {model.name!r}",
+                "it must be built before it is quantized",
+                "a Sequential without input shape",
                 "Add a keras.Input as first layer, or call the model on a batch once",
             )
         return model._functional
@@ -241,7 +243,9 @@ def functional(model: Any) -> Any:
     shapes = getattr(model, "_build_shapes_dict", None)
     if not model.built or not shapes:
         raise ModelError(
-            f"model {model.name!r}", "it must be built before it is quantized", "a subclassed model never called",
+            f"model {model.name!r}",
+            "it must be built before it is quantized",
+            "a subclassed model never called",
             "Call the model on a batch once; its call() must also work on symbolic inputs",
         )
     symbolic = [keras.Input(batch_shape=(None, *s[1:])) for s in _flat_shapes(list(shapes.values()))]
@@ -292,7 +296,12 @@ def read(model: Any) -> Graph:
     _numbers_are_float(reader, inputs)
     names = tuple(dict.fromkeys(_output_names(form)))
     return Graph(
-        tuple(reader.ops), reader.tensors, tuple(inputs), tuple(outputs), model.name, tuple(inputs),
+        tuple(reader.ops),
+        reader.tensors,
+        tuple(inputs),
+        tuple(outputs),
+        model.name,
+        tuple(inputs),
         names if len(names) == len(outputs) else tuple(f"output_{i}" for i in range(len(outputs))),
     )
 

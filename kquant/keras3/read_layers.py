@@ -44,7 +44,9 @@ def weight(variable: Any) -> Weight:
 def refuse(layer: Any, what: str, received: Any) -> None:
     """Refuse a setting of a layer that has no integer form."""
     raise UnsupportedError(
-        f"layer {layer.name!r} ({type(layer).__name__})", what, received,
+        f"layer {layer.name!r} ({type(layer).__name__})",
+        what,
+        received,
         f"Leave it in float with {{'op_names': ['{layer.name}'], 'exclude': True}}, or change the setting",
     )
 

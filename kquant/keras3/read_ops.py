@@ -103,8 +103,10 @@ def _binary(r: Reader, node: Any, inputs: list[str], args: dict) -> list[str]:
     value = np.asarray(pair[position], np.float32)
     if kind == "div":
         if position == 0:
-            return _add(r, node, inputs, "elementwise", {"fn": "reciprocal"}) if value.size == 1 else _refused(
-                r, node, inputs, "a constant vector divided by a tensor has no integer form"
+            return (
+                _add(r, node, inputs, "elementwise", {"fn": "reciprocal"})
+                if value.size == 1
+                else _refused(r, node, inputs, "a constant vector divided by a tensor has no integer form")
             )
         kind, value = "mul", np.float32(1.0) / value
     constant = r.constant(value.reshape(value.shape or (1,)), node.operation.name)
@@ -117,7 +119,11 @@ def _with_variable(r: Reader, node: Any, inputs: list[str], kind: str, pair: lis
     variable = next(v for v in pair if isinstance(v, keras.Variable))
     channels = node.outputs[0].shape[-1]
     values = np.asarray(variable)
-    if kind not in ("mul", "add") or values.size not in (1, channels) or values.shape[-1:] not in ((channels,), (1,), ()):
+    if (
+        kind not in ("mul", "add")
+        or values.size not in (1, channels)
+        or values.shape[-1:] not in ((channels,), (1,), ())
+    ):
         return _refused(r, node, inputs, f"{kind} with a trainable array of shape {values.shape} has no integer form")
 
     def function(x: Any) -> Any:

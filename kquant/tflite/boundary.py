@@ -25,7 +25,9 @@ def with_boundary(model: IntegerModel, input_type: str, output_type: str) -> Int
     tensors = dict(model.tensors)
     ops = list(model.ops)
     inputs = [_input(t, input_type, tensors, ops) for t in model.inputs]
-    outputs = [_output(t, name, output_type, tensors, ops) for t, name in zip(model.outputs, model.output_names, strict=True)]
+    outputs = [
+        _output(t, name, output_type, tensors, ops) for t, name in zip(model.outputs, model.output_names, strict=True)
+    ]
     return replace(model, ops=tuple(ops), tensors=tensors, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
@@ -68,7 +70,9 @@ def _output(tensor: str, name: str, wanted: str, tensors: dict[str, IntTensor], 
 def _as_unsigned(name: str, tensor: IntTensor, wanted: str) -> IntTensor:
     if wanted != "uint8" or tensor.dtype != "int8":
         raise ExportError(
-            f"tensor {name!r}", f"a boundary of type {wanted}", f"the model quantizes it to {tensor.dtype}",
+            f"tensor {name!r}",
+            f"a boundary of type {wanted}",
+            f"the model quantizes it to {tensor.dtype}",
             f"Use float32 or {tensor.dtype}",
         )
     affine = tensor.affine

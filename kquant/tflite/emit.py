@@ -196,7 +196,11 @@ def _clamp(e: Emitter, op: IntOp) -> None:
     ]
     for i, (code, limit) in enumerate(steps):
         last = i == len(steps) - 1
-        target = e.tensor(op.outputs[0]) if last else e.inner(f"{op.id}/{code.lower()}", e.shape(op.outputs[0]), op.outputs[0])
+        target = (
+            e.tensor(op.outputs[0])
+            if last
+            else e.inner(f"{op.id}/{code.lower()}", e.shape(op.outputs[0]), op.outputs[0])
+        )
         constant = e.constant(f"{op.id}/{code.lower()}_limit", np.array([limit], affine.dtype), affine)
         e.op(code, [source, constant], [target], 2, ("MaximumMinimumOptions", {}))
         source = target

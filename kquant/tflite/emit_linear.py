@@ -29,7 +29,9 @@ def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
     # The finer accumulator must still hold the bias.
     unit = np.float64(e.affine(op.inputs[0]).scale) * weight.scale.astype(np.float64)
     room = max(int(BIAS_LIMIT / max(float((np.abs(weight.bias) / unit).max(initial=0.0)), 1.0)), 1)
-    multiplier = np.float64(e.affine(op.inputs[0]).scale) * weight.scale.max() / np.float64(e.affine(op.outputs[0]).scale)
+    multiplier = (
+        np.float64(e.affine(op.inputs[0]).scale) * weight.scale.max() / np.float64(e.affine(op.outputs[0]).scale)
+    )
     narrow = e.affine(op.inputs[0]).bits != 16
     if narrow and weight.storage_bits == 4 and multiplier / min(7 // largest, room) < 2.0**-INT4_SHIFT:
         return 4, min(7 // largest, room)

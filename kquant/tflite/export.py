@@ -98,7 +98,9 @@ def export_tflite(
     if model.floats and not allow_float:
         listed = "; ".join(f"{name}: {why}" for name, why in list(model.floats.items())[:8])
         raise ExportError(
-            f"model {model.name!r}", "every op must run in integers", listed,
+            f"model {model.name!r}",
+            "every op must run in integers",
+            listed,
             "Add a config entry that matches these ops, or pass allow_float=True",
         )
     description = WEIGHTS_ONLY if weights_only else "kquant"
@@ -107,5 +109,12 @@ def export_tflite(
     if not report.fully_integer and not allow_float:
         raise ExportError(f"model {model.name!r}", "a fully integer file", str(report.float_ops))
     save(data, path)
-    return ExportReport(str(path), len(data), report.fully_integer, len(report.ops), dict(model.floats),
-                        report.least_runtime, time.perf_counter() - start)
+    return ExportReport(
+        str(path),
+        len(data),
+        report.fully_integer,
+        len(report.ops),
+        dict(model.floats),
+        report.least_runtime,
+        time.perf_counter() - start,
+    )

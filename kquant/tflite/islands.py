@@ -31,12 +31,16 @@ def converted(op: IntOp, specs: list[tuple[Any, str]]) -> FileModel:
         file = decode(converter.convert(), part.layer)
     except Exception as error:
         raise ExportError(
-            f"layer {part.layer!r} ({part.type_name})", "a float op that TFLite has as a builtin",
-            str(error).strip().splitlines()[0][:200], "Replace the layer, or cut it off before the export",
+            f"layer {part.layer!r} ({part.type_name})",
+            "a float op that TFLite has as a builtin",
+            str(error).strip().splitlines()[0][:200],
+            "Replace the layer, or cut it off before the export",
         ) from error
     if file.other_subgraphs:
         raise ExportError(
-            f"layer {part.layer!r} ({part.type_name})", "a float op without control flow", "a loop in its graph",
+            f"layer {part.layer!r} ({part.type_name})",
+            "a float op without control flow",
+            "a loop in its graph",
             "Build a recurrent layer with unroll=True",
         )
     return file

@@ -67,8 +67,10 @@ def _check_same(model: IntegerModel, file: FileModel, where: str) -> None:
     missing = [t for op in model.ops if op.parts for t in op.outputs if t not in names]
     if missing:
         raise ArtifactError(
-            where, f"every quantized tensor of model {model.name!r} must be in the file",
-            f"no tensor named {', '.join(map(repr, missing[:4]))}", "Verify with the model that the file was exported from",
+            where,
+            f"every quantized tensor of model {model.name!r} must be in the file",
+            f"no tensor named {', '.join(map(repr, missing[:4]))}",
+            "Verify with the model that the file was exported from",
         )
 
 
@@ -145,7 +147,9 @@ class _Run:
         trained: dict[str, np.ndarray] = {}
 
         def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> None:
-            trained.update({t: np.asarray(v) for t, v in zip(op.outputs, outputs, strict=True) if t in self.graph.outputs})
+            trained.update(
+                {t: np.asarray(v) for t, v in zip(op.outputs, outputs, strict=True) if t in self.graph.outputs}
+            )
 
         walk(self.graph, feeds, visit)
         for tensor, name in zip(self.graph.outputs, self.model.outputs, strict=True):
