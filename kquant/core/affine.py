@@ -99,7 +99,8 @@ class Affine:
     def quantize(self, x: np.ndarray) -> np.ndarray:
         """Codes of `x` (any shape, float) in the integer dtype, rounded half up and saturated."""
         codes = round_half_up(np.asarray(x, np.float64) / np.float64(self.scale)) + self.zero_point
-        return np.clip(codes, self.qmin, self.qmax).astype(self.dtype)
+        clipped: np.ndarray = np.clip(codes, self.qmin, self.qmax).astype(self.dtype)
+        return clipped
 
     def dequantize(self, codes: np.ndarray) -> np.ndarray:
         """Float32 values of integer `codes`."""

@@ -87,8 +87,8 @@ def _array(value: Any, graph: Graph, name: str, where: str) -> np.ndarray:
 def calibrate(graph: Graph, data: Any, observer: str = "auto") -> None:
     """Set the ranges of a quantized model's graph from data.
 
-    The model runs in inference mode on quantized weights and unquantized activations, op by op. With `"auto"` the ranges
-    of the model's inputs are first chosen by what they do to the model's outputs (`kquant.core.input_range`), since
+    The model runs in inference mode on quantized weights and unquantized activations, op by op. With `"auto"` the
+    ranges of the model's inputs are first chosen by what they do to its outputs (`kquant.core.input_range`), since
     inputs hold rare sentinel values (digital silence, missing values) that a range need not cover.
 
     Args:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from kquant.core.affine import Affine, round_half_up
+from kquant.core.affine import SMALLEST_SCALE, Affine, round_half_up
 from kquant.core.errors import ModelError, RangeError
 from kquant.core.graph import Op
 from kquant.core.int8_spec import ROWS
 from kquant.core.integer import IntWeight
 from kquant.core.stages import Stage
-from kquant.core.weights import SMALLEST_SCALE, storage_bits
+from kquant.core.weights import storage_bits
 
 INT32_LIMIT = 2.0**30  # the largest bias code, one bit below int32, so that it always fits
 SMALLEST_MULTIPLIER = 2.0**-30  # of an accumulator to the output scale; kernels hold 2^-31 to 2^8

@@ -8,7 +8,7 @@ what calibration and verification use, so that the reference is always the model
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,10 @@ class Weight:
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+
+
+def _no_call(values: Any, float_weights: bool = False) -> list[Any]:
+    raise TypeError("this op was read for planning only and cannot run")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Op:
     weights: Mapping[str, Weight] = field(default_factory=dict)
     layer: str = ""
     type_name: str = ""
-    call: Callable[..., list[Any]] | None = field(default=None, compare=False)
+    call: Callable[..., list[Any]] = field(default=_no_call, compare=False)
     source: Any = field(default=None, compare=False)
 
     @property
@@ -120,7 +124,6 @@ def walk(
     values.update(feeds)
     for index, op in enumerate(graph.ops):
         inputs = [values[t] for t in op.inputs]
-        assert op.call is not None
         outputs = op.call(inputs, float_weights)
         changed = visit(op, inputs, outputs)
         values.update(zip(op.outputs, outputs if changed is None else changed, strict=True))

@@ -101,7 +101,7 @@ def _error(
     return total
 
 
-def _outputs(graph: Graph, feeds: Feeds, watched: tuple[str, ...], quantized: Op, affine: Affine | None) -> list:
+def _outputs(graph: Graph, feeds: Feeds, watched: tuple[str, ...], quantized: Op, affine: Affine | None) -> list[Any]:
     kept: dict[str, np.ndarray] = {}
 
     def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:

@@ -3,7 +3,7 @@
 Sources. `spec`: the TensorFlow Lite 8-bit quantization specification (fixed output parameters, ops whose input and
 output scales must be equal, per-axis weights). `measured`: all 256 codes or 65,536 code pairs through the stock
 kernels. `bound` is the largest distance, in codes, between an artifact's code and the exact unrounded result of the op
-on the artifact's own inputs; 0.5 is perfect rounding, and 0.6 is what a row has unless its kernel is known to be coarser.
+on the artifact's own inputs; 0.5 is perfect rounding, and 0.6 is what a row has unless its kernel is coarser.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Placement(enum.Enum):
     FIXED = "fixed"  # parameters that the kernel prescribes
     SHARED = "shared"  # the same scale and zero point in and out
     IDENTITY = "identity"  # no op at all in the artifact
+    OPAQUE = "opaque"  # an op that the table does not know; it can only stay float
 
 
 EXACT = 0.6  # the contract: 0.5 is perfect rounding, the rest is the kernel's fixed-point multiplier
@@ -140,3 +141,15 @@ ROWS: dict[str, Row] = {
         Row("identity", Placement.IDENTITY, int16=True),
     )
 }
+
+OPAQUE = Row("opaque", Placement.OPAQUE)
+
+
+def row_of(kind: str) -> Row:
+    """The row of an op kind, or `OPAQUE`.
+
+    Example:
+        >>> row_of("conv2d").target, row_of("lstm").placement.value
+        ('CONV_2D', 'opaque')
+    """
+    return ROWS.get(kind, OPAQUE)

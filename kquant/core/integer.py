@@ -69,8 +69,7 @@ class IntOp:
 
 @dataclass(frozen=True)
 class IntegerModel:
-    """Ops in order, tensors by id, inputs and outputs with the names of the signature, why ops stayed float,
-    and for a tensor of the trained graph the tensor that holds it here (`bound`)."""
+    """The whole model: its signature, why ops stayed float, and for each trained tensor the one here (`bound`)."""
 
     ops: tuple[IntOp, ...]
     tensors: Mapping[str, IntTensor]

@@ -12,16 +12,22 @@ import numpy as np
 
 from kquant.core.affine import Affine
 from kquant.core.errors import RangeError
-from kquant.core.graph import Graph, Op
 from kquant.core.fold import fold
+from kquant.core.graph import Graph, Op, Shape
 from kquant.core.int8_spec import Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
 
 
+def known(affine: Affine | None) -> Affine:
+    """The parameters of a tensor that the pass knows to be quantized."""
+    assert affine is not None
+    return affine
+
+
 @dataclass(frozen=True)
 class _State:
-    """What is known of a tensor during the pass: codes (an affine), float, ids, or waiting for its fake quantization."""
+    """What is known of a tensor in the pass: codes (an affine), float, ids, or waiting for its fake quantization."""
 
     tensor: str
     affine: Affine | None = None
@@ -74,7 +80,7 @@ class Lowering:
             self.tensors[tensor] = IntTensor(tensor, tuple(shape), dtype, affine)
             self.states[tensor] = _State(tensor, affine, is_float=affine is None)
 
-    def _shape(self, tensor: str) -> tuple:
+    def _shape(self, tensor: str) -> Shape:
         return self.graph.tensors[tensor].shape
 
     def _operand(self, tensor: str, bits: int = 8) -> str:
@@ -110,7 +116,7 @@ class Lowering:
 
     def _why_float(self, stage: Stage) -> str:
         op, row = stage.anchor, stage.row
-        if row is None:
+        if row.placement is Placement.OPAQUE:
             return str(op.attrs.get("reason", "it has no integer form"))
         for tensor in op.inputs:
             state = self.states.get(tensor)
@@ -173,7 +179,7 @@ class Lowering:
     def _requantize(self, op: Op, state: _State, affine: Affine) -> None:
         name = f"{op.inputs[0]}/requantized:{op.attrs['spec']}"
         shape = self._shape(op.output)
-        if affine.bits == 16 or state.affine.bits == 16:
+        if affine.bits == 16 or known(state.affine).bits == 16:
             self._add(IntOp(name, "requantize", (state.tensor,), (name,), parts=(op,)), [affine], [shape])
         elif affine.bits == 8 and shape[-1] is not None:
             # An identity depthwise kernel rounds exactly; the int8-to-int8 QUANTIZE kernel is up to a step off.
@@ -185,7 +191,7 @@ class Lowering:
             self._add(made, [affine], [shape])
         else:
             codes = np.arange(-128, 128, dtype=np.int8)
-            table = affine.quantize(state.affine.dequantize(codes))
+            table = affine.quantize(known(state.affine).dequantize(codes))
             self._add(IntOp(name, "table", (state.tensor,), (name,), table=table, parts=(op,)), [affine], [shape])
         self.states[op.output] = self.states[name]
 
@@ -227,7 +233,7 @@ class Lowering:
             table = affine.quantize(np.asarray(op.attrs["codes"]()[0]) * op.attrs["codes"]()[1])
             attrs = {**attrs, "constant": table}
         elif stage.row.weighted:
-            source = self.tensors[inputs[0]].affine
+            source = known(self.tensors[inputs[0]].affine)
             weight = fold(stage, source, affine)
         made = IntOp(
             stage.output, op.kind, inputs, (stage.output,), attrs, weight,
@@ -242,7 +248,7 @@ class Lowering:
     def _through_fixed(self, made: IntOp, stage: Stage, affine: Affine) -> None:
         """A Fixed op whose output is wanted on another grid: its own first, then a table."""
         inner = f"{made.id}/fixed"
-        fixed = stage.row.fixed
+        fixed = known(stage.row.fixed)
         self._add(replace(made, id=inner, outputs=(inner,), parts=()), [fixed], [self._shape(stage.output)])
         table = affine.quantize(fixed.dequantize(np.arange(-128, 128, dtype=np.int8)))
         op = IntOp(made.id, "table", (inner,), made.outputs, table=table, parts=stage.ops)
@@ -253,11 +259,13 @@ class Lowering:
         op = stage.anchor
         source = self.states[op.inputs[0]]
         shape = self._shape(stage.output)
-        native = stage.row.placement is Placement.FIXED and affine == stage.row.fixed and source.affine.bits != 16
+        native = (
+            stage.row.placement is Placement.FIXED and affine == stage.row.fixed and known(source.affine).bits != 16
+        )
         if native:
             made = IntOp(stage.output, op.kind, (source.tensor,), (stage.output,), op.attrs, parts=stage.ops)
         else:
-            table = function_table(op, source.affine, affine)
+            table = function_table(op, known(source.affine), affine)
             made = IntOp(stage.output, "table", (source.tensor,), (stage.output,), table=table, parts=stage.ops)
         self._add(made, [affine], [shape])
 
@@ -268,7 +276,7 @@ class Lowering:
         if affine.bits < 8 and not shared and not (made.relu and affine.zero_point == affine.qmin):
             low = affine.qmin
         if made.relu_max is not None:
-            top = int(affine.quantize(np.float32(made.relu_max)))
+            top = int(affine.quantize(np.asarray(made.relu_max, np.float32)))
             fused = made.relu_max == 6.0
             high = top if top < affine.qmax and not fused else None
         if low is None and high is None:

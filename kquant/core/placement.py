@@ -1,20 +1,21 @@
 """Placement: from a graph and a config to a plan. The rules stand in the operator table; this file applies them.
 
 Free outputs get a range of their own, Fixed ones the kernel's parameters, and the tensors around a Shared op are joined
-into one range (union-find). Where a Fixed, a Shared or a differently sized tensor meet, a requantize is inserted on that
-edge, which the trained model simulates like every other fake quantization.
+into one range (union-find). Where a Fixed, a Shared or a differently sized tensor meet, a requantize is inserted on
+that edge, which the trained model simulates like every other fake quantization.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from kquant.core.affine import Affine
 from kquant.core.config import Entry
 from kquant.core.errors import ConfigError, UnsupportedError
 from kquant.core.graph import Graph, Op
-from kquant.core.int8_spec import ROWS, Placement
+from kquant.core.int8_spec import Placement, row_of
 from kquant.core.plan import Plan, PlanRow, Site, Spec, WeightSpec
 from kquant.core.stages import Stage, stages
 
@@ -48,7 +49,7 @@ class Placer:
         self.stages = stages(graph, self._not_excluded)
         self.parent: dict[str, str] = {}
         self.needs: dict[str, _Need] = {}
-        self.sites: list[tuple[tuple, str, bool]] = []  # (place, tensor of the class, observes)
+        self.sites: list[tuple[tuple[Any, ...], str, bool]] = []  # (place, tensor of the class, observes)
         self.redirected: dict[tuple[str, int], str] = {}
         self.weights: dict[str, WeightSpec] = {}
         self.integer: set[str] = set()
@@ -90,10 +91,10 @@ class Placer:
 
     def _place_stage(self, stage: Stage) -> None:
         reason = self._why_float(stage)
-        if stage.row is not None and stage.row.placement is Placement.IDENTITY:
+        if stage.row.placement is Placement.IDENTITY:
             self._pass_through(stage.anchor)
             return
-        if stage.row is not None and stage.row.weighted:
+        if stage.row.weighted:
             self._place_weight(stage)
         if reason:
             self.floats[stage.anchor.id] = reason
@@ -125,7 +126,7 @@ class Placer:
         op, entry, row = stage.anchor, self.entries[stage.anchor.id], stage.row
         if entry is not None and entry.exclude:
             return f"excluded by config_list[{entry.index}]"
-        if row is None:
+        if row.placement is Placement.OPAQUE:
             if entry is None:
                 return "no config entry matches it"
             raise UnsupportedError(
@@ -215,7 +216,7 @@ class Placer:
             first, second = explicit[0], next(e for e in explicit if e.output_bits != explicit[0].output_bits)
             raise ConfigError(
                 f"config_list[{first.index}] and config_list[{second.index}]",
-                f"entries that match the fused ops {', '.join(o.layer for o in stage.ops)} must agree on the output bits",
+                f"entries that match fused ops ({', '.join(o.layer for o in stage.ops)}) must agree on the output bits",
                 f"{first.output_bits} and {second.output_bits}",
                 "Name the layer in one entry only",
             )
@@ -233,7 +234,7 @@ class Placer:
         entry = self._output_entry(stage)
         bits = self._output_bits(stage) or 8
         row = stage.row
-        common = {
+        common: dict[str, Any] = {
             "start_step": entry.start_step if entry else 0,
             "naive": entry is not None and entry.quantizer == "naive",
         }
@@ -244,7 +245,7 @@ class Placer:
             return _Need(bits, unit=True, nonneg=True, **common)
         if row.placement is Placement.FIXED and bits == 8:
             return _Need(8, fixed=row.fixed, nonneg=row.nonneg, **common)
-        if bits == 1 and not nonneg:
+        if bits == 1 and not nonneg and entry is not None:
             raise ConfigError(
                 f"config_list[{entry.index}]['q_bits']",
                 f"1-bit activations must be non-negative, and the output of {stage.anchor.layer!r} is signed",
@@ -311,9 +312,9 @@ class Placer:
     def _make_symmetric(self) -> None:
         """Operands whose zero point must be 0 make their whole class symmetric, or are requantized."""
         for op in self.graph.ops:
-            if op.kind not in ROWS or op.id not in self.integer:
+            if op.id not in self.integer:
                 continue
-            for index in ROWS[op.kind].symmetric_inputs:
+            for index in row_of(op.kind).symmetric_inputs:
                 tensor = self._operand(op, index)
                 if tensor not in self.parent or self._need(tensor).bits == 16:
                     continue
@@ -348,8 +349,8 @@ class Placer:
         """Tensors that are model outputs, directly or through ops that keep the scale."""
         reached = set(self.graph.outputs)
         for op in reversed(self.graph.ops):
-            row = ROWS.get(op.kind)
-            keeps = row is not None and row.placement in (Placement.SHARED, Placement.IDENTITY)
+            row = row_of(op.kind)
+            keeps = row.placement in (Placement.SHARED, Placement.IDENTITY)
             if keeps and op.kind != "relu" and reached & set(op.outputs):
                 reached.update(op.inputs)
         return reached

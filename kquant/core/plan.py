@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from kquant.core.affine import Affine
 from kquant.core.graph import Graph
@@ -98,7 +99,7 @@ class Plan(Report):
     floats: Mapping[str, str]
     rows: tuple[PlanRow, ...] = field(default=())
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {
             "model": self.graph.name,

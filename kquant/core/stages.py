@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kquant.core.graph import Graph, Op
-from kquant.core.int8_spec import ROWS, Placement, Row
+from kquant.core.int8_spec import Row, row_of
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Stage:
     output: str
 
     @property
-    def row(self) -> Row | None:
-        """The anchor's row, or None for an op that the table does not know."""
-        return ROWS.get(self.anchor.kind)
+    def row(self) -> Row:
+        """The anchor's row."""
+        return row_of(self.anchor.kind)
 
 
 def stages(graph: Graph, may_fuse: Callable[[Op], bool] = lambda op: True) -> list[Stage]:
@@ -50,12 +50,14 @@ def stages(graph: Graph, may_fuse: Callable[[Op], bool] = lambda op: True) -> li
     return found
 
 
-def _grow(anchor: Op, graph: Graph, consumers: dict, may_fuse: Callable[[Op], bool]) -> Stage:
-    row = ROWS.get(anchor.kind)
+def _grow(
+    anchor: Op, graph: Graph, consumers: dict[str, list[tuple[Op, int]]], may_fuse: Callable[[Op], bool]
+) -> Stage:
+    row = row_of(anchor.kind)
     parts: dict[str, Op] = {}
     ops, pending = [anchor], []
     output = tensor = anchor.outputs[0]
-    fusable = row is not None and (row.fuses_norm or row.fuses_relu) and may_fuse(anchor)
+    fusable = (row.fuses_norm or row.fuses_relu) and may_fuse(anchor)
     while fusable and "relu" not in parts:
         readers = consumers[tensor]
         if len(readers) != 1 or tensor in graph.outputs:
@@ -65,7 +67,7 @@ def _grow(anchor: Op, graph: Graph, consumers: dict, may_fuse: Callable[[Op], bo
             pending.append(nxt)
             tensor = nxt.output
             continue
-        role = _role(row, anchor, nxt, parts)
+        role = _role(row, nxt, parts)
         if role is None or not may_fuse(nxt):
             break
         parts[role] = nxt
@@ -75,15 +77,10 @@ def _grow(anchor: Op, graph: Graph, consumers: dict, may_fuse: Callable[[Op], bo
     return Stage(anchor, parts.get("norm"), parts.get("relu"), tuple(ops), output)
 
 
-def _role(row: Row, anchor: Op, nxt: Op, parts: dict[str, Op]) -> str | None:
+def _role(row: Row, nxt: Op, parts: dict[str, Op]) -> str | None:
     """What `nxt` would be in the stage: `norm`, `relu`, or None if it cannot join."""
     if nxt.kind == "channel_affine" and row.fuses_norm and "norm" not in parts:
         return "norm"
     if nxt.kind == "relu" and row.fuses_relu:
         return "relu"
     return None
-
-
-def is_integer_row(row: Row | None) -> bool:
-    """Whether ops of the row exist in the artifact and carry quantized tensors."""
-    return row is not None and row.placement is not Placement.IDENTITY

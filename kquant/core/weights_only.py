@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from kquant.core.fold import folded_codes
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
-from kquant.core.fold import folded_codes
 from kquant.core.stages import Stage, stages
 
 KINDS = ("conv2d", "depthwise_conv2d", "conv2d_transpose", "dense")

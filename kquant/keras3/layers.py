@@ -77,10 +77,10 @@ class _Delayed(keras.layers.Layer):
         """Whether quantization has begun, as a tensor, or None without a delay. Counts a call in training."""
         if not self.start_step:
             return None
-        step = ops.convert_to_tensor(self.step)
+        started = self.step >= self.start_step * max(len(self._inbound_nodes), 1)
         if training:
-            self.step.assign(step + 1)
-        return step >= self.start_step * max(len(self._inbound_nodes), 1)
+            self.step.assign(self.step + 1)
+        return started
 
 
 @register
@@ -224,13 +224,15 @@ class QuantizedLayer(_Delayed):
         rule = linear_of(layer)
         axes = rule.axes(layer) if per_channel else None
         self.formula = weight_formula(quantizer, bits, axes)
-        if gradient_bits:
-            self.noise = keras.random.SeedGenerator(zlib.crc32(layer.name.encode()))
 
     def build(self, input_shape: Any) -> None:
         if not self.layer.built:
             self.layer.build(input_shape)
         self._add_step()
+        if self.gradient_bits:  # a weight, because Keras does not save the state of its own seed generators
+            self.draws = self.add_weight(
+                name="draws", shape=(), dtype="int32", initializer="zeros", trainable=False, autocast=False
+            )
         self.built = True
 
     @property
@@ -264,7 +266,9 @@ class QuantizedLayer(_Delayed):
         return y if bias is None else y + ops.cast(ops.convert_to_tensor(bias), kind)
 
     def _with_quantized_gradient(self, y: Any, started: Any) -> Any:
-        noise = keras.random.uniform(ops.shape(y), -0.5, 0.5, dtype="float32", seed=self.noise)
+        seed = ops.stack([zlib.crc32(self.layer.name.encode()) % 2**31, self.draws])
+        noise = tf.random.stateless_uniform(tf.shape(y), seed, -0.5, 0.5, alg="philox")  # the same with and without XLA
+        self.draws.assign(self.draws + 1)
         bits = self.gradient_bits
 
         @tf.custom_gradient

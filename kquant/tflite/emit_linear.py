@@ -17,12 +17,12 @@ INT4_SHIFT = 5  # a bias of at most 2^-6 codes, inside the contract's mean error
 
 
 def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
-    """The bits in which a kernel is stored, and the whole factor by which its codes are multiplied (its scale divided).
+    """The bits in which a kernel is stored, and the factor by which its codes are multiplied (and its scale divided).
 
-    The built-in kernels round twice (gemmlowp's rounding-doubling high multiply, then a rounding shift by r bits), which
-    adds an error of up to 2^-r / 2 codes and, on ties of the first step, a bias of as much. Few large codes make r small,
-    so low-bit codes are spread over their storage: the same weights, a finer accumulator. int4, which only those kernels
-    run, is used where r stays at least `INT4_SHIFT`; elsewhere the same codes lie in int8 and run on exact kernels.
+    The built-in kernels round twice (gemmlowp's rounding-doubling high multiply, then a rounding shift by r bits),
+    which adds an error of up to 2^-r / 2 codes and, on ties of the first step, a bias of as much. Small codes make r
+    small, so low-bit codes are spread over their storage: the same weights, a finer accumulator. int4, which only those
+    kernels run, is used where r is at least `INT4_SHIFT`; elsewhere the codes lie in int8 and run on exact kernels.
     """
     weight = op.weight
     largest = max(int(np.abs(weight.codes).max(initial=0)), 1)
@@ -171,7 +171,7 @@ def _dense(e: Emitter, op: IntOp) -> None:
 def _transpose_conv(e: Emitter, op: IntOp) -> None:
     rank = op.attrs["rank"]
     codes = op.weight.codes if rank == 2 else op.weight.codes[None]
-    kernel, bias, version = weights(e, op, np.ascontiguousarray(codes.transpose(2, 0, 1, 3)), 0)
+    kernel, bias, _ = weights(e, op, np.ascontiguousarray(codes.transpose(2, 0, 1, 3)), 0)
     source, target, close = lifted(e, op, rank)
     out_shape = e.shape(op.outputs[0])
     out_shape = out_shape if rank == 2 else (out_shape[0], 1, *out_shape[1:])

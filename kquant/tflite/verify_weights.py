@@ -73,7 +73,7 @@ def _compare_weights(op: IntOp, tensors: dict[str, FileTensor], model: IntegerMo
         return [f"op {op.id!r}: its kernel or bias is not in the file"]
     want, want_bias = trained_kernel(op if op.parts else _with_parts(op, model))
     codes = LAYOUTS[op.kind](kernel.data.astype(np.float64), want.shape)
-    codes = codes.reshape(-1, codes.shape[-1]) if op.kind != "depthwise_conv2d" else codes.reshape(-1, codes.shape[-1])
+    codes = codes.reshape(-1, codes.shape[-1])
     scale = kernel.scale.astype(np.float64)
     source = model.tensors[op.inputs[0]].affine
     problems = []
