@@ -33,7 +33,9 @@ def front_end(model: Any) -> Any:
 
 
 def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str, Entry | None]:
-    candidates = [Candidate(op.id, op.attrs.get("aliases", (op.layer,)), op.type_name, True) for op in graph.ops]
+    # A model input takes part only by its name: it is 8 bits unless an entry names it.
+    candidates = [Candidate(f"input:{name}", (name,), "InputLayer", False) for name in graph.inputs]
+    candidates += [Candidate(op.id, op.attrs.get("aliases", (op.layer,)), op.type_name, True) for op in graph.ops]
     return match(parse(config_list, quantizer=quantizer), candidates)
 
 

@@ -14,7 +14,7 @@ from kquant.core.affine import Affine
 from kquant.core.errors import RangeError
 from kquant.core.fold import fold
 from kquant.core.graph import Graph, Op, Shape
-from kquant.core.int8_spec import Placement
+from kquant.core.int8_spec import NATIVE, Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
 
@@ -254,15 +254,18 @@ class Lowering:
         op = IntOp(made.id, "table", (inner,), made.outputs, table=table, parts=stage.ops)
         self._add(op, [affine], [self._shape(stage.output)])
 
+    @staticmethod
+    def _native(stage: Stage, source: Affine, target: Affine) -> bool:
+        if stage.row.placement is Placement.FIXED:
+            return target == stage.row.fixed and source.bits != 16
+        return stage.anchor.attrs.get("fn") in NATIVE and target.bits == 8 and source.bits <= 8
+
     def _function(self, stage: Stage, affine: Affine) -> None:
         """An elementwise function: the native kernel where the row's contract holds, else the exact table."""
         op = stage.anchor
         source = self.states[op.inputs[0]]
         shape = self._shape(stage.output)
-        native = (
-            stage.row.placement is Placement.FIXED and affine == stage.row.fixed and known(source.affine).bits != 16
-        )
-        if native:
+        if self._native(stage, known(source.affine), affine):
             made = IntOp(stage.output, op.kind, (source.tensor,), (stage.output,), op.attrs, parts=stage.ops)
         else:
             table = function_table(op, known(source.affine), affine)

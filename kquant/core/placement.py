@@ -19,7 +19,8 @@ from kquant.core.int8_spec import Placement, row_of
 from kquant.core.plan import Plan, PlanRow, Site, Spec, WeightSpec
 from kquant.core.stages import Stage, stages
 
-NON_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "softplus", "hard_sigmoid", "exp", "softmax", "square", "abs"})
+NON_NEGATIVE = frozenset({"relu", "softplus", "hard_sigmoid", "exponential", "squareplus"})
+NON_NEGATIVE |= {f"keras.ops.{name}" for name in ("Abs", "Square", "Exp", "Softplus", "HardSigmoid", "Sqrt")}
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Placer:
     def __init__(self, graph: Graph, entries: Mapping[str, Entry | None]):
         self.graph = graph
         self.entries = entries
+        self.producers = graph.producers()
         self.stages = stages(graph, self._not_excluded)
         self.parent: dict[str, str] = {}
         self.needs: dict[str, _Need] = {}
@@ -163,10 +165,23 @@ class Placer:
             return
         entry = self.entries[stage.anchor.id]
         named = entry is not None and entry.op_names is not None
-        from_model = tensor in self.graph.inputs
-        bits = entry.input_bits if entry is not None and entry.input_bits and (named or not from_model) else 8
-        self._new(tensor, _Need(bits, naive=entry is not None and entry.quantizer == "naive"))
+        model_input = self._model_input(tensor)
+        bits = entry.input_bits if entry is not None and entry.input_bits and (named or not model_input) else 8
+        own = self.entries.get(f"input:{model_input}")
+        if own is not None and not own.exclude:
+            bits = own.input_bits or own.output_bits or 8
+        delay = entry.start_step if entry is not None else 0
+        self._new(tensor, _Need(bits, start_step=delay, naive=entry is not None and entry.quantizer == "naive"))
         self.sites.append((("tensor", tensor), tensor, True))
+
+    def _model_input(self, tensor: str) -> str | None:
+        """The model input that a tensor is, directly or behind ops that act in training only."""
+        while tensor not in self.graph.inputs:
+            op = self.producers.get(tensor)
+            if op is None or op.kind != "identity":
+                return None
+            tensor = op.inputs[0]
+        return tensor
 
     def _match_widths(self, stage: Stage) -> None:
         """Kernels take all operands in 8 bits or all in 16: requantize those that differ from the output."""

@@ -266,9 +266,10 @@ class QuantizedLayer(_Delayed):
         return y if bias is None else y + ops.cast(ops.convert_to_tensor(bias), kind)
 
     def _with_quantized_gradient(self, y: Any, started: Any) -> Any:
-        seed = ops.stack([zlib.crc32(self.layer.name.encode()) % 2**31, self.draws])
+        draws = self.draws + 1
+        self.draws.assign(draws)
+        seed = tf.stack([zlib.crc32(self.layer.name.encode()) % 2**31, draws])
         noise = tf.random.stateless_uniform(tf.shape(y), seed, -0.5, 0.5, alg="philox")  # the same with and without XLA
-        self.draws.assign(self.draws + 1)
         bits = self.gradient_bits
 
         @tf.custom_gradient

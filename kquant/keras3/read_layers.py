@@ -331,7 +331,7 @@ def read_leaky(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]
 @reads(layers.ELU)
 def read_elu(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
     """ELU."""
-    return _unary(r, layer, inputs, node, "elementwise", {"fn": "elu"})
+    return _unary(r, layer, inputs, node, "elementwise", {"fn": "elu" if layer.alpha == 1 else "scaled elu"})
 
 
 @reads(layers.Softmax)

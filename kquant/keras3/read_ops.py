@@ -35,7 +35,7 @@ def read_operation(r: Reader, node: Any, inputs: list[str]) -> list[str]:
     if handler is not None:
         return handler(r, node, inputs, _arguments(node))
     if len(inputs) == 1 and node.outputs[0].shape == node.arguments.keras_tensors[0].shape and _elementwise(node):
-        return _add(r, node, inputs, "elementwise", {"fn": type(operation).__name__.lower()})
+        return _add(r, node, inputs, "elementwise", {"fn": f"keras.ops.{type(operation).__name__}"})
     return _refused(r, node, inputs, f"the operation {type(operation).__name__} has no integer form on the target")
 
 
@@ -193,6 +193,11 @@ def _as_matrix(x: Any, letters: str, batch: list, rows: list, columns: list, siz
 def _named(r: Reader, node: Any, inputs: list[str], args: dict) -> list[str]:
     kind, attrs = NAMED[type(node.operation).__name__.lower()]
     return _add(r, node, inputs, kind, dict(attrs))
+
+
+@reads("Gelu")
+def _gelu(r: Reader, node: Any, inputs: list[str], args: dict) -> list[str]:
+    return _add(r, node, inputs, "elementwise", {"fn": "gelu_tanh" if args["approximate"] else "gelu"})
 
 
 @reads("Softmax")

@@ -9,7 +9,7 @@ import numpy as np
 
 from kquant.core.affine import Affine
 from kquant.core.errors import UnsupportedError
-from kquant.core.int8_spec import ROWS
+from kquant.core.int8_spec import NATIVE, ROWS
 from kquant.core.integer import IntegerModel, IntOp, IntTensor
 from kquant.tflite.flatbuffer import FileModel, FileOp, FileTensor
 
@@ -204,6 +204,13 @@ def _clamp(e: Emitter, op: IntOp) -> None:
         constant = e.constant(f"{op.id}/{code.lower()}_limit", np.array([limit], affine.dtype), affine)
         e.op(code, [source, constant], [target], 2, ("MaximumMinimumOptions", {}))
         source = target
+
+
+@lowers("elementwise")
+def _native_function(e: Emitter, op: IntOp) -> None:
+    kernel = NATIVE[op.attrs["fn"]]
+    options = (kernel.options, dict(kernel.fields)) if kernel.options else None
+    e.op(kernel.target, [e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], kernel.version, options)
 
 
 @lowers("relu")
