@@ -77,6 +77,8 @@ class Affine:
             RangeError: a range that is not finite, or whose scale leaves what a float32 multiplier can hold.
         """
         low, high = np.float32(low), np.float32(high)
+        if low == high:  # a tensor that is constantly zero: any scale holds it exactly
+            high = np.float32(1.0)
         if bits == 16:
             scale = np.float32(max(-low, high) / np.float32(INT16_MAX))
             zero_point = 0
@@ -85,8 +87,6 @@ class Affine:
             scale = np.float32((high - low) / levels)
             unsigned = 0.0 if low == 0 or scale == 0 else float(np.float32(0.0) - low / scale)
             zero_point = int(min(max(np.floor(unsigned + 0.5), 0), 2**bits - 1)) + 128 - 2**bits
-        if scale == 0:  # a tensor that is constantly zero: any scale holds it exactly
-            scale = np.float32(1.0)
         if not np.isfinite(scale) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
             raise RangeError(
                 f"tensor {name!r}",
@@ -95,6 +95,12 @@ class Affine:
                 "Scale the values of this tensor, or leave its layer in float with `exclude`",
             )
         return cls(scale, zero_point, bits)
+
+    def narrowed(self, bits: int) -> Affine:
+        """The same range in fewer bits: the scale grows by powers of two, and the codes keep to the top of int8."""
+        factor = 2 ** (8 - bits)
+        unsigned = (self.zero_point - self.qmin) // factor
+        return Affine(np.float32(self.scale * factor), unsigned + 128 - 2**bits, bits)
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
         """Codes of `x` (any shape, float) in the integer dtype, rounded half up and saturated."""
@@ -117,10 +123,10 @@ def fake_quantize(x: Any, scale: Any, zero_point: Any, qmin: float, qmax: float,
 
 
 def bias_codes(bias: np.ndarray, source: Affine, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int32 codes of a bias (int64 beside int16 activations) and their scale `s_in * s_w`, float32.
+    """int32 codes of a bias and their scale `s_in * s_w`, float32.
 
     Source: TensorFlow Lite 8-bit quantization specification, bias of CONV_2D and others.
     """
     unit = np.float64(source.scale) * scale.astype(np.float64)
     codes = round_half_up(bias / unit)
-    return codes.astype(np.int64 if source.bits == 16 else np.int32), unit.astype(np.float32)
+    return codes.astype(np.int32), unit.astype(np.float32)

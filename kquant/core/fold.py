@@ -33,14 +33,8 @@ def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
     """
     op = stage.anchor
     codes, scale, bits, bias = folded_codes(stage)
-    if op.kind == "prelu":
-        return IntWeight(codes.astype(np.int8), scale.astype(np.float32), bits, bias)
-    floor = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
-    floor = np.maximum(floor, SMALLEST_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale))
-    dead = ~by_channel(op, codes).reshape(-1, scale.size).any(axis=0)  # any scale holds zeros: one that suits the bias
-    floor = np.where(
-        dead, np.maximum(floor, DEAD_MULTIPLIER * np.float64(target.scale) / np.float64(source.scale)), floor
-    )
+    dead = np.all(by_channel(op, codes).reshape(-1, scale.size) == 0, axis=0)
+    floor = scale_floor(bias, np.asarray(dead), source, target)
     raised = scale < floor
     coarser = round_half_up(by_channel(op, codes) * (scale / np.where(raised, floor, 1.0)))
     codes = from_channel(op, np.where(raised, coarser, by_channel(op, codes)))
@@ -49,12 +43,21 @@ def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
     return IntWeight(codes.astype(np.int8), scale, bits, bias)
 
 
+def scale_floor(bias: np.ndarray, dead: np.ndarray, source: Affine, target: Affine) -> np.ndarray:
+    """The smallest weight scale of each channel: its int32 bias fits, and the kernel holds its multiplier.
+
+    A dead channel (no weights but zeros) may have any scale, so it gets one that suits its bias.
+    """
+    unit = np.float64(target.scale) / np.float64(source.scale)  # the weight scale of multiplier one
+    fits = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
+    floor: np.ndarray = np.maximum(fits, np.where(dead, DEAD_MULTIPLIER, SMALLEST_MULTIPLIER) * unit)
+    return floor
+
+
 def folded_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
     """Codes (the kernel's shape, sign of gamma included), scale per channel, storage bits and bias, float64."""
     op = stage.anchor
     codes, scale, bits = _trained_codes(op)
-    if op.kind == "prelu":
-        return codes, scale.reshape(-1), 8, np.zeros(0)
     channels = output_channels(op)
     scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (channels,))
     bias = trained_bias(op)

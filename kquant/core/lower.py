@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import Affine
-from kquant.core.errors import RangeError
+from kquant.core.affine import INT8_MAX, Affine
+from kquant.core.errors import RangeError, UnsupportedError
 from kquant.core.fold import fold
 from kquant.core.graph import Graph, Op, Shape
 from kquant.core.int8_spec import NATIVE, Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
+
+COARSE_UNIT = 0.02  # output codes: half of it is what a bias may be off by
+LARGEST_TABLE = 2**22  # bytes
 
 
 def known(affine: Affine | None) -> Affine:
@@ -224,35 +227,40 @@ class Lowering:
 
     def _finish(self, stage: Stage, affine: Affine) -> None:
         op = stage.anchor
-        if op.kind in ("elementwise", "relu", "sigmoid", "tanh"):
+        if op.kind in ("elementwise", "relu", "sigmoid", "tanh", "prelu"):
             self._function(stage, affine)
             return
         weight, attrs = None, op.attrs
         inputs = tuple(self._operand(t, 16 if affine.bits == 16 else 8) for t in op.inputs)
         if op.kind == "embedding":
-            table = affine.quantize(np.asarray(op.attrs["codes"]()[0]) * op.attrs["codes"]()[1])
-            attrs = {**attrs, "constant": table}
+            codes, scale = op.attrs["codes"]()
+            attrs = {**attrs, "constant": affine.quantize(np.asarray(codes) * scale)}
         elif stage.row.weighted:
-            source = known(self.tensors[inputs[0]].affine)
-            weight = fold(stage, source, affine)
+            weight = fold(stage, known(self.tensors[inputs[0]].affine), affine)
+            if self._is_coarse(inputs[0], weight, affine):
+                inputs = (self._spread(inputs[0]),)
+                weight = fold(stage, known(self.tensors[inputs[0]].affine), affine)
         made = IntOp(
             stage.output, op.kind, inputs, (stage.output,), attrs, weight,
             relu=stage.relu is not None, relu_max=stage.relu.attrs.get("max") if stage.relu else None, parts=stage.ops,
         )  # fmt: skip
-        fixed_elsewhere = stage.row.placement is Placement.FIXED and affine != stage.row.fixed
-        if fixed_elsewhere:
-            self._through_fixed(made, stage, affine)
-        else:
-            self._clamped(made, affine, self._shape(stage.output), False)
+        self._clamped(made, affine, self._shape(stage.output), False)
 
-    def _through_fixed(self, made: IntOp, stage: Stage, affine: Affine) -> None:
-        """A Fixed op whose output is wanted on another grid: its own first, then a table."""
-        inner = f"{made.id}/fixed"
-        fixed = known(stage.row.fixed)
-        self._add(replace(made, id=inner, outputs=(inner,), parts=()), [fixed], [self._shape(stage.output)])
-        table = affine.quantize(fixed.dequantize(np.arange(-128, 128, dtype=np.int8)))
-        op = IntOp(made.id, "table", (inner,), made.outputs, table=table, parts=stage.ops)
-        self._add(op, [affine], [self._shape(stage.output)])
+    def _is_coarse(self, tensor: str, weight: IntWeight, target: Affine) -> bool:
+        """Whether the bias of a low-bit input's reader has a unit of many output codes, so that its rounding shows."""
+        source = known(self.tensors[tensor].affine)
+        gain = INT8_MAX // max(int(np.abs(weight.codes).max(initial=0)), 1)
+        return source.bits < 8 and float(source.scale * weight.scale.max() / target.scale) / gain > COARSE_UNIT
+
+    def _spread(self, tensor: str) -> str:
+        """A low-bit tensor on every n-th code of int8, with the scale divided by n: the same values, a finer unit."""
+        name, source = f"{tensor}/spread", known(self.tensors[tensor].affine)
+        if name not in self.tensors:
+            step = 255 // (2**source.bits - 1)
+            wide = Affine(np.float32(source.scale / step), step * (source.zero_point - source.qmin) - 128, 8)
+            codes = np.clip(step * (np.arange(-128, 128) - source.qmin) - 128, -128, 127).astype(np.int8)
+            self._add(IntOp(name, "table", (tensor,), (name,), table=codes), [wide], [self.tensors[tensor].shape])
+        return name
 
     @staticmethod
     def _native(stage: Stage, source: Affine, target: Affine) -> bool:
@@ -264,13 +272,16 @@ class Lowering:
         """An elementwise function: the native kernel where the row's contract holds, else the exact table."""
         op = stage.anchor
         source = self.states[op.inputs[0]]
-        shape = self._shape(stage.output)
+        common = (source.tensor,), (stage.output,)
         if self._native(stage, known(source.affine), affine):
-            made = IntOp(stage.output, op.kind, (source.tensor,), (stage.output,), op.attrs, parts=stage.ops)
+            made = IntOp(stage.output, op.kind, *common, op.attrs, parts=stage.ops)
+        elif op.kind == "prelu":
+            table, shape = slope_table(op, known(source.affine), affine)
+            made = IntOp(stage.output, "table", *common, {"offsets": shape}, table=table, parts=stage.ops)
         else:
             table = function_table(op, known(source.affine), affine)
-            made = IntOp(stage.output, "table", (source.tensor,), (stage.output,), table=table, parts=stage.ops)
-        self._add(made, [affine], [shape])
+            made = IntOp(stage.output, "table", *common, table=table, parts=stage.ops)
+        self._add(made, [affine], [self._shape(stage.output)])
 
     def _clamped(self, made: IntOp, affine: Affine, shape: Any, shared: bool) -> None:
         """Add an op, and behind it the clamps that neither saturation nor a fused ReLU gives."""
@@ -315,6 +326,22 @@ def function_table(op: Op, source: Affine, target: Affine) -> np.ndarray:
             "Restrict its input, or leave the layer in float with `exclude`",
         )
     return target.quantize(np.nan_to_num(result))
+
+
+def slope_table(op: Op, source: Affine, target: Affine) -> tuple[np.ndarray, tuple[int, ...]]:
+    """PReLU as one table per slope, one behind the other, and the shape in which the slopes broadcast."""
+    codes, scale = (np.asarray(a, np.float32) for a in op.attrs["codes"]())
+    slopes = codes * scale
+    if slopes.size * 256 > LARGEST_TABLE:
+        raise UnsupportedError(
+            f"layer {op.layer!r} ({op.type_name})",
+            "its slopes must be few enough for a table of each",
+            f"{slopes.size} slopes",
+            "Share them over the spatial axes (shared_axes=[1, 2])",
+        )
+    values = source.dequantize(np.arange(-128, 128, dtype=np.int8))
+    results = np.where(values > 0, values, slopes.reshape(-1, 1) * values)
+    return target.quantize(results).reshape(-1), slopes.shape
 
 
 def lower(graph: Graph) -> IntegerModel:

@@ -204,8 +204,8 @@ class Placer:
 
     def _edge(self, op: Op, index: int, need: _Need) -> None:
         """A requantize that only this reader sees, on a range of its own."""
-        alias = f"{op.id}/operand{index}"
-        self._new(alias, need)
+        alias, entry = f"{op.id}/operand{index}", self.entries[op.id]
+        self._new(alias, replace(need, start_step=entry.start_step if entry is not None else 0))
         self.redirected[op.id, index] = alias
         self.sites.append((("edge", op.id, index), alias, True))
 
@@ -258,8 +258,8 @@ class Placer:
         nonneg = stage.output in self.nonneg
         if dorefa and activation and nonneg and stage.output not in self.to_output:
             return _Need(bits, unit=True, nonneg=True, **common)
-        if row.placement is Placement.FIXED and bits == 8:
-            return _Need(8, fixed=row.fixed, nonneg=row.nonneg, **common)
+        if row.fixed is not None and bits <= 8:
+            return _Need(bits, fixed=row.fixed.narrowed(bits), nonneg=row.nonneg, **common)
         if bits == 1 and not nonneg and entry is not None:
             raise ConfigError(
                 f"config_list[{entry.index}]['q_bits']",
@@ -267,14 +267,20 @@ class Placer:
                 1,
                 "Use 2 bits or more there, or an activation function that is never negative",
             )
-        return _Need(bits, nonneg=nonneg, **common)
+        symmetric = entry is not None and entry.output_symmetric
+        return _Need(bits, symmetric=symmetric, nonneg=nonneg and not symmetric, **common)
 
     def _place_output(self, stage: Stage) -> None:
-        need = self._output_need(stage)
+        need, fixed = self._output_need(stage), stage.row.fixed
         for tensor in dict.fromkeys((*stage.anchor.outputs[1:], stage.output)):
-            if self.graph.tensors[tensor].dtype == "float32":
-                self._new(tensor, need)
-                self.sites.append((("tensor", tensor), tensor, need.fixed is None and not need.unit))
+            if self.graph.tensors[tensor].dtype != "float32":
+                continue
+            if stage.anchor.kind == "softmax" and need.fixed != fixed:
+                # No table can stand for softmax: the kernel writes its own grid, and a requantize follows.
+                self._new(f"{tensor}/kernel", _Need(8, fixed=fixed, nonneg=True))
+                self.sites.append((("tensor", tensor), f"{tensor}/kernel", False))
+            self._new(tensor, need)
+            self.sites.append((("tensor", tensor), tensor, need.fixed is None and not need.unit))
 
     def _leaves_shared(self, stage: Stage) -> bool:
         """Whether a stand-alone activation gets a range of its own instead of its input's."""
@@ -308,7 +314,7 @@ class Placer:
     def _finish(self) -> Plan:
         self._make_symmetric()
         specs: dict[str, Spec] = {}
-        sites: dict[str, Site] = {}
+        sites: dict[str, tuple[Site, ...]] = {}
         edges: dict[tuple[str, int], Site] = {}
         for place, tensor, observes in self.sites:
             root = self._find(tensor)
@@ -318,7 +324,7 @@ class Placer:
             specs[root] = replace(spec, sites=spec.sites + (index is not None))
             site = Site(root, index)
             if place[0] == "tensor":
-                sites[place[1]] = site
+                sites[place[1]] = (*sites.get(place[1], ()), site)
             else:
                 edges[place[1], place[2]] = site
         rows = tuple(self._row(stage, specs, edges) for stage in self.stages if stage.anchor.kind != "identity")

@@ -82,7 +82,7 @@ class Plan(Report):
     Args:
         graph: the model that was read.
         specs: activation ranges by id.
-        sites: for a tensor, the fake quantization that all its integer readers see.
+        sites: for a tensor, the fake quantizations that all its integer readers see, in order.
         edges: for (op id, input index), a further fake quantization that only this reader sees (a requantize).
         weights: for an op id, how its kernel is quantized.
         integer: ids of the ops that run in integers.
@@ -92,7 +92,7 @@ class Plan(Report):
 
     graph: Graph
     specs: Mapping[str, Spec]
-    sites: Mapping[str, Site]
+    sites: Mapping[str, tuple[Site, ...]]
     edges: Mapping[tuple[str, int], Site]
     weights: Mapping[str, WeightSpec]
     integer: frozenset[str]

@@ -50,11 +50,10 @@ class Builder:
 
     def _set(self, tensor: str, value: Any, produced_by_integer: bool) -> None:
         self.raw[tensor] = value
-        site = self.plan.sites.get(tensor)
-        if site is not None:
-            self.quantized[tensor] = self._fake_quantize(value, site)
+        for site in self.plan.sites.get(tensor, ()):
+            value = self.quantized[tensor] = self._fake_quantize(value, site)
             if produced_by_integer:
-                self.raw[tensor] = self.quantized[tensor]
+                self.raw[tensor] = value
 
     def _op(self, op: Op) -> None:
         inputs = [self._operand(op, i, t) for i, t in enumerate(op.inputs) if t in self.raw]

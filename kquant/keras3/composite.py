@@ -163,7 +163,8 @@ def _layer_norm(layer: Any, inputs: list[Any], node: Any) -> Any:
 @expands(layers.RMSNormalization)
 def _rms_norm(layer: Any, inputs: list[Any], node: Any) -> Any:
     x = inputs[0]
-    if layer.axis % len(x.shape) != len(x.shape) - 1 if isinstance(layer.axis, int) else True:
+    axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+    if [a % len(x.shape) for a in axes] != [len(x.shape) - 1]:
         return "RMS normalization must be over the last axis"
     tail = ChannelAffine(True, False, name="affine", dtype=layer.dtype_policy)
     return _call(tail, _standardize(x, (-1,), layer.epsilon, center=False), [layer.scale])

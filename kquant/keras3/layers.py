@@ -163,16 +163,16 @@ class FakeQuantize(_Delayed):
         self.seen.assign(ops.maximum(self.seen, ops.where(here, ops.cast(fresh, "float32"), 0.0)))
 
     def range(self) -> tuple[Any, Any]:
-        """The float32 range in force, before nudging; `[0, levels]` (scale 1) for a tensor that is constantly zero."""
+        """The float32 range in force, before nudging; `[0, 1]` for a tensor that is constantly zero."""
         if self.fixed is not None:
             return ops.convert_to_tensor(self.fixed[0], "float32"), ops.convert_to_tensor(self.fixed[1], "float32")
         low, high = ops.min(self.minimum), ops.max(self.maximum)
         low, high = ops.minimum(low, 0.0), ops.maximum(high, 0.0)
         if self.symmetric or self.bits == 16:
             limit = ops.maximum(-low, high)
-            low, high = (-limit * (128.0 / 127.0) if self.bits == 8 else -limit), limit
-        empty = ops.equal(high - low, 0.0)
-        return low, ops.where(empty, float(2**self.bits - 1), high)
+            half = 2 ** (self.bits - 1)
+            low, high = (-limit if self.bits == 16 else -limit * (half / (half - 1.0))), limit
+        return low, ops.where(ops.equal(high - low, 0.0), 1.0, high)
 
     def is_set(self) -> bool:
         """Whether the range has come from data, or is fixed."""
@@ -228,6 +228,8 @@ class QuantizedLayer(_Delayed):
     def build(self, input_shape: Any) -> None:
         if not self.layer.built:
             self.layer.build(input_shape)
+        # Codes come from the float32 kernel; a mixed-precision scope would round it first.
+        self.kernel._autocast = False
         self._add_step()
         if self.gradient_bits:  # a weight, because Keras does not save the state of its own seed generators
             self.draws = self.add_weight(
@@ -269,7 +271,7 @@ class QuantizedLayer(_Delayed):
         draws = self.draws + 1
         self.draws.assign(draws)
         seed = tf.stack([zlib.crc32(self.layer.name.encode()) % 2**31, draws])
-        noise = tf.random.stateless_uniform(tf.shape(y), seed, -0.5, 0.5, alg="philox")  # the same with and without XLA
+        noise = tf.random.stateless_uniform(tf.shape(y), seed, -0.5, 0.5)
         bits = self.gradient_bits
 
         @tf.custom_gradient

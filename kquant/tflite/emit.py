@@ -178,13 +178,25 @@ def _dequantize(e: Emitter, op: IntOp) -> None:
 def _table(e: Emitter, op: IntOp) -> None:
     """BITCAST to uint8, CAST to int32, GATHER from 256 codes rotated by 128: exact for any function."""
     shape, name = e.shape(op.outputs[0]), op.id
-    rotated = np.roll(op.table, -128)
+    rotated = np.roll(op.table.reshape(-1, 256), -128, axis=1).reshape(-1)
     unsigned = e.helper(f"{name}/unsigned", shape, "uint8")
     index = e.helper(f"{name}/index", shape, "int32")
     table = e.constant(f"{name}/table", rotated, e.affine(op.outputs[0]))
     e.op("BITCAST", [e.tensor(op.inputs[0])], [unsigned], 1, ("BitcastOptions", {}))
     e.op("CAST", [unsigned], [index], 1, ("CastOptions", {"inDataType": 3, "outDataType": 2}))
+    index = _offset(e, op, index)
     e.op("GATHER", [table, index], [e.tensor(op.outputs[0])], 2, ("GatherOptions", {"axis": 0, "batchDims": 0}))
+
+
+def _offset(e: Emitter, op: IntOp, index: int) -> int:
+    """With several tables, each element's index is moved to the table of its slope."""
+    shape = op.attrs.get("offsets")
+    if shape is None:
+        return index
+    starts = e.ints(f"{op.id}/starts", 256 * np.arange(int(np.prod(shape))).reshape(1, *shape))
+    moved = e.helper(f"{op.id}/moved", e.shape(op.outputs[0]), "int32")
+    e.op("ADD", [index, starts], [moved], 1, ("AddOptions", {"potScaleInt16": False}))
+    return moved
 
 
 @lowers("clamp")

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import Affine, bias_codes
+from kquant.core.affine import INT16_MAX, bias_codes
+from kquant.core.errors import UnsupportedError
 from kquant.core.int8_spec import ROWS
 from kquant.core.integer import IntOp
 from kquant.tflite.emit import Emitter, fused, lowers, padding
@@ -50,8 +51,31 @@ def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, i
     )  # fmt: skip
     source = e.affine(op.inputs[0])
     data, unit = bias_codes(op.weight.bias, source, scale)
+    if source.bits == 16:
+        _check_accumulator(op, np.moveaxis(codes, axis, -1).reshape(-1, scale.size) * gain, data)
     bias = e.constant(f"{op.id}/bias", data, scale=unit, zero_point=np.zeros(unit.size, np.int64))
     return kernel, bias, INT4_VERSION[ROWS[op.kind].target] if bits == 4 else e.version(op)
+
+
+def _check_accumulator(op: IntOp, codes: np.ndarray, bias: np.ndarray) -> None:
+    """Beside 16-bit inputs an int32 bias makes the kernel sum in 32 bits, which is exact if no sum can leave them.
+
+    With an int64 bias the kernel keeps only 15 bits of the multiplier, and is up to a code and a half off (measured).
+    """
+    largest = np.abs(codes.astype(np.int64)).sum(axis=0) * INT16_MAX + np.abs(bias.astype(np.int64))
+    if (largest >= 2**31).any():
+        raise UnsupportedError(
+            f"layer {op.parts[0].layer if op.parts else op.id!r}",
+            "with 16-bit inputs every sum must fit 32 bits, or the kernel does not keep its bound",
+            f"channel {int(largest.argmax())} can reach 2^{np.log2(float(largest.max())):.1f}",
+            "Give this layer 8-bit inputs, or fewer weight bits",
+        )
+
+
+def bias_type(e: Emitter, op: IntOp) -> dict[str, int]:
+    """The option that says that the bias is int32 beside 16-bit inputs (TensorType INT32 of the schema)."""
+    tensor = e.model.tensors[op.inputs[0]]
+    return {"quantizedBiasType": 2} if tensor.dtype == "int16" else {}
 
 
 def _float_weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int, int]:
@@ -108,42 +132,51 @@ def _conv2d(e: Emitter, op: IntOp) -> None:
     kernel, bias, version = weights(e, op, np.ascontiguousarray(codes.transpose(3, 0, 1, 2)), 0)
     source, target, close = lifted(e, op, op.attrs["rank"])
     source, fields = _causal(e, op, source)
-    e.op("CONV_2D", [source, kernel, bias], [target], version, ("Conv2DOptions", fields))
+    e.op("CONV_2D", [source, kernel, bias], [target], version, ("Conv2DOptions", {**fields, **bias_type(e, op)}))
     close()
 
 
 @lowers("depthwise_conv2d")
 def _depthwise(e: Emitter, op: IntOp) -> None:
     codes = op.weight.codes if op.attrs["rank"] == 2 else op.weight.codes[None]
-    height, width, channels, multiplier = codes.shape
-    kernel, bias, version = weights(e, op, codes.reshape(1, height, width, channels * multiplier), 3)
     source, target, close = lifted(e, op, op.attrs["rank"])
-    fields = {**_convolution_fields(op), "depthMultiplier": multiplier}
-    e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version, ("DepthwiseConv2DOptions", fields))
+    _depthwise_op(e, op, codes, source, target, _convolution_fields(op))
     close()
+
+
+def _depthwise_op(e: Emitter, op: IntOp, codes: np.ndarray, source: int, target: int, fields: dict) -> None:
+    """DEPTHWISE_CONV_2D; beside 16-bit inputs, whose kernel there is coarse, CONV_2D with a group per input channel."""
+    height, width, channels, multiplier = codes.shape
+    flat = codes.reshape(1, height, width, channels * multiplier)
+    if bias_type(e, op):
+        kernel, bias, _ = weights(e, op, np.ascontiguousarray(flat.transpose(3, 1, 2, 0)), 0)
+        options = ("Conv2DOptions", {**fields, **bias_type(e, op)})
+        e.op("CONV_2D", [source, kernel, bias], [target], ROWS["conv2d"].version16, options)
+        return
+    kernel, bias, version = weights(e, op, flat, 3)
+    options = ("DepthwiseConv2DOptions", {**fields, "depthMultiplier": multiplier})
+    e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version, options)
 
 
 @lowers("channel_affine")
 def _channel_affine(e: Emitter, op: IntOp) -> None:
     """A 1x1 depthwise convolution: one code of full magnitude per channel, so the factor is exact."""
     in_shape, channels = e.shape(op.inputs[0]), op.weight.codes.size
-    kernel, bias, version = weights(e, op, op.weight.codes.reshape(1, 1, 1, channels), 3)
+    codes = op.weight.codes.reshape(1, 1, channels, 1)
     fields = {
-        "padding": 1, "strideH": 1, "strideW": 1, "dilationHFactor": 1, "dilationWFactor": 1, "depthMultiplier": 1,
+        "padding": 1, "strideH": 1, "strideW": 1, "dilationHFactor": 1, "dilationWFactor": 1,
         "fusedActivationFunction": fused(op),
     }  # fmt: skip
     source, target = e.tensor(op.inputs[0]), e.tensor(op.outputs[0])
-    options = ("DepthwiseConv2DOptions", fields)
     if len(in_shape) == 4:
-        e.op("DEPTHWISE_CONV_2D", [source, kernel, bias], [target], version, options)
+        _depthwise_op(e, op, codes, source, target, fields)
         return
-    middle = (
-        [1] * (4 - len(in_shape)) + list(in_shape[1:-1]) if len(in_shape) < 4 else [1, int(np.prod(in_shape[1:-1]))]
-    )
+    inner = in_shape[1:-1]
+    middle = [1] * (2 - len(inner)) + list(inner) if len(inner) < 2 else [1, int(np.prod(inner))]
     shape = (in_shape[0], *middle, channels)
     tall = e.reshape(source, f"{op.id}/in4d", shape, op.inputs[0])
     result = e.inner(f"{op.id}/out4d", shape, op.outputs[0])
-    e.op("DEPTHWISE_CONV_2D", [tall, kernel, bias], [result], version, options)
+    _depthwise_op(e, op, codes, tall, result, fields)
     e.reshape_into(result, target, in_shape, f"{op.id}/flat")
 
 
@@ -162,7 +195,13 @@ def _dense(e: Emitter, op: IntOp) -> None:
     wide = (*in_shape[:-1], units)
     result = target if wide == tuple(out_shape) else e.inner(f"{op.id}/out_flat", wide, op.outputs[0])
     fields = {"fusedActivationFunction": fused(op), "weightsFormat": 0, "keepNumDims": len(wide) != 2}
-    e.op("FULLY_CONNECTED", [source, kernel, bias], [result], version, ("FullyConnectedOptions", fields))
+    e.op(
+        "FULLY_CONNECTED",
+        [source, kernel, bias],
+        [result],
+        version,
+        ("FullyConnectedOptions", {**fields, **bias_type(e, op)}),
+    )
     if result != target:
         e.reshape_into(result, target, out_shape, f"{op.id}/split")
 
@@ -204,10 +243,3 @@ def _embedding(e: Emitter, op: IntOp) -> None:
     table = e.constant(f"{op.id}/table", op.attrs["constant"], e.affine(op.outputs[0]))
     fields = {"axis": 0, "batchDims": 0}
     e.op("GATHER", [table, e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], 2, ("GatherOptions", fields))
-
-
-@lowers("prelu")
-def _prelu(e: Emitter, op: IntOp) -> None:
-    affine = Affine(op.weight.scale[0], 0, 8)
-    alpha = e.constant(f"{op.id}/alpha", op.weight.codes, affine)
-    e.op("PRELU", [e.tensor(op.inputs[0]), alpha], [e.tensor(op.outputs[0])], 1)

@@ -19,8 +19,8 @@ def export_state(qmodel: Any) -> dict[str, np.ndarray]:
     Returns:
         A flat dict, ready for `numpy.savez`. For a tensor `t` of the plan `t/scale` (float32, shape ()), `t/zero_point`
         (int32, shape ()) and `t/bits`; for an op with weights also `t/kernel/codes` (int8, in the layer's own layout),
-        `t/kernel/scale` (float32, one per output channel), `t/bias/codes` (int32, or int64 beside 16-bit inputs) and
-        `t/bias/scale`; for a tabulated function `t/table` (int8, shape (256,), from input code -128 on).
+        `t/kernel/scale` (float32, one per output channel), `t/bias/codes` (int32) and `t/bias/scale`; for a
+        tabulated function `t/table` (int8, shape (256,), from input code -128 on).
 
     Raises:
         ModelError: a float model. ExportError: ranges that were never set. RangeError: see `export_tflite`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kquant.core.fold import scale_floor
 from kquant.core.graph import Op
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.tflite.flatbuffer import FileModel, FileTensor
@@ -78,7 +79,9 @@ def _compare_weights(op: IntOp, tensors: dict[str, FileTensor], model: IntegerMo
     source = model.tensors[op.inputs[0]].affine
     problems = []
     # Half a code of slack only where a nearly dead channel's scale was raised so that its bias fits.
-    floor = np.zeros(scale.size) if source is None else np.abs(want_bias) / (np.float64(source.scale) * 2.0**30)
+    target = model.tensors[op.outputs[0]].affine
+    dead = ~want.any(axis=0)
+    floor = np.zeros(scale.size) if source is None else scale_floor(want_bias, dead, source, target)
     slack = WEIGHT_TOLERANCE * np.abs(want) + np.where(scale <= floor * 1.001, 0.5 * scale, 0.0)
     error = np.abs(codes * scale - want) - slack - 1e-30
     tiny = np.abs(want).max(axis=0) < scale  # a channel whose largest weight is below one code of the raised scale
