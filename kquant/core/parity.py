@@ -10,7 +10,7 @@ import numpy as np
 from kquant.core.affine import Affine, round_half_up
 from kquant.core.reports import Report, Table
 
-TIE = 1e-4  # codes; float32 arithmetic of the reference decides no closer
+TIE = 0.01  # codes; half a unit of a bias may decide ties that are this close, and is stated where it is larger
 MEAN_ERROR_LIMIT = 0.02  # codes; a kernel that truncates instead of rounding has a mean of -0.5
 
 
@@ -107,7 +107,8 @@ class OpTally:
     kind: str
     bound: float
     affine: Affine
-    bias_slack: float = 0.0  # half a unit of the bias in output codes, where that shows
+    bias_slack: float = 0.0  # half a unit of the bias in output codes, where that is more than `TIE`
+    mean_bound: float = MEAN_ERROR_LIMIT
     max_lsb: float = 0.0
     total: float = 0.0
     count: int = 0
@@ -127,7 +128,7 @@ class OpTally:
         distance = np.abs(codes - exact)
         self.max_lsb = max(self.max_lsb, float(distance.max(initial=0.0)))
         # Halfway between two codes either is right: kernels differ in their rule for ties, and it is no bias.
-        tie = np.abs(distance - 0.5) < TIE
+        tie = np.abs(distance - 0.5) < max(TIE, self.bias_slack)
         error = np.where(tie, 0.0, codes - round_half_up(exact))
         self.total += float(error.sum())
         self.wrong += int((error != 0).sum())
@@ -145,7 +146,7 @@ class OpTally:
         count = max(self.count, 1)
         return ParityOp(
             self.name, self.kind, self.affine.bits, self.max_lsb, self.total / count, self.wrong / count,
-            self.bound + self.bias_slack, MEAN_ERROR_LIMIT + self.bias_slack, len(self.used),
+            self.bound + self.bias_slack, self.mean_bound + self.bias_slack, len(self.used),
             snr_db(self.signal, self.noise),
         )  # fmt: skip
 

@@ -73,6 +73,10 @@ class _Delayed(keras.layers.Layer):
                 name="step", shape=(), dtype="int32", initializer="zeros", trainable=False, autocast=False
             )
 
+    def is_waiting(self) -> bool:
+        """Whether quantization has not begun yet."""
+        return bool(self.start_step) and int(self.step) < self.start_step * max(len(self._inbound_nodes), 1)
+
     def _started(self, training: bool | None) -> Any:
         """Whether quantization has begun, as a tensor, or None without a delay. Counts a call in training."""
         if not self.start_step:

@@ -164,7 +164,11 @@ def _add_linear(
         weights["bias"] = weight(rule.bias(layer))
     attrs = {**attrs, **({} if axes is None else {"kernel_axes": axes}), "source_layer": layer}
     if owner is not layer:
-        attrs.update(formula=owner.formula, codes=lambda: tuple(np.asarray(a) for a in owner.codes()))
+        attrs.update(
+            is_waiting=owner.is_waiting,
+            formula=owner.formula,
+            codes=lambda: tuple(np.asarray(a) for a in owner.codes()),
+        )
     shapes = [node.outputs[0].shape]
     return r.add(kind, owner, inputs, shapes, source, attrs=attrs, weights=weights, call=call)
 
@@ -248,7 +252,8 @@ def read_fake_quantize(r: Reader, layer: FakeQuantize, inputs: list[str], node: 
     site = node.arguments.kwargs.get("site")
     base = r.clone(layer)
     source = Source(base.key, base.build, base.weights, _node_invoke(node), layer.name)
-    attrs = {"spec": layer.name, "site": site, "quantizer": layer}
+    unit = layer.fixed == [0.0, 1.0]  # DoReFa's range
+    attrs = {"spec": layer.name, "site": site, "quantizer": layer, "unit": unit, "is_waiting": layer.is_waiting}
     return r.add("fake_quant", layer, inputs, [node.outputs[0].shape], source, attrs=attrs)
 
 

@@ -8,13 +8,12 @@ import numpy as np
 
 from kquant.core.affine import INT16_MAX, bias_codes
 from kquant.core.errors import UnsupportedError
-from kquant.core.int8_spec import ROWS
+from kquant.core.int8_spec import INT4_SHIFT, ROWS
 from kquant.core.integer import IntOp
 from kquant.tflite.emit import Emitter, fused, lowers, padding
 
 INT4_VERSION = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 6, "FULLY_CONNECTED": 10}
 BIAS_LIMIT = 2.0**31 - 2.0**20  # the largest int32 bias code that leaves room for rounding
-INT4_SHIFT = 5  # a bias of at most 2^-6 codes, inside the contract's mean error of 0.02
 
 
 def stored(e: Emitter, op: IntOp) -> tuple[int, int]:

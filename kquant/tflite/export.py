@@ -54,9 +54,26 @@ def check_ranges(graph: Graph) -> None:
         )
 
 
+def check_started(graph: Graph) -> None:
+    """Refuse a model whose quantization has not begun: it was trained in float so far.
+
+    Raises:
+        ExportError: naming the layers.
+    """
+    waiting = [op.layer for op in graph.ops if "is_waiting" in op.attrs and op.attrs["is_waiting"]()]
+    if waiting:
+        raise ExportError(
+            f"layers {', '.join(map(repr, waiting[:5]))}{' ...' if len(waiting) > 5 else ''}",
+            "quantization must have begun before the export",
+            "training steps fewer than quant_start_step",
+            "Train past quant_start_step, or leave it out of config_list",
+        )
+
+
 def integer_model(qmodel: Any) -> IntegerModel:
     """The integer model of a trained quantized model."""
     graph = quantized_graph(qmodel)
+    check_started(graph)
     check_ranges(graph)
     return lower(graph)
 

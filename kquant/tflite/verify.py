@@ -15,18 +15,16 @@ import numpy as np
 from kquant.core.calibration import batches
 from kquant.core.errors import ArtifactError
 from kquant.core.graph import Graph, Op, walk
-from kquant.core.int8_spec import row_of
+from kquant.core.int8_spec import INT4_MEAN, row_of
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.lower import lower
-from kquant.core.parity import OpTally, ParityReport, snr_db
+from kquant.core.parity import MEAN_ERROR_LIMIT, TIE, OpTally, ParityReport, snr_db
 from kquant.core.weights_only import weights_only, without_activation_quantizers
 from kquant.tflite.export import WEIGHTS_ONLY, check_ranges, quantized_graph
 from kquant.tflite.flatbuffer import FileModel, decode
 from kquant.tflite.reader import read_bytes
 from kquant.tflite.run import Artifact, run_all
 from kquant.tflite.verify_weights import compare_parameters
-
-VISIBLE = 0.01  # codes; a smaller half unit of a bias disappears in the bound
 
 
 def verify(qmodel: Any, path: str | os.PathLike, data: Any, *, kernels: str = "default") -> ParityReport:
@@ -122,6 +120,10 @@ class _Run:
         affine = self.model.tensors[name].affine
         return raw[name] if affine is None else affine.dequantize(raw[name])
 
+    def _mean_bound(self, op: IntOp) -> float:
+        kernel = self.affines.get(f"{op.id}/kernel") or self.affines.get(f"{op.id}/unclamped/kernel")
+        return INT4_MEAN if kernel is not None and kernel.dtype == "int4" else MEAN_ERROR_LIMIT
+
     def _bias_slack(self, op: IntOp) -> float:
         """Half a unit of the op's bias in output codes, where that is more than a kernel's own rounding."""
         bias = self.affines.get(f"{op.id}/bias") or self.affines.get(f"{op.id}/unclamped/bias")
@@ -129,7 +131,7 @@ class _Run:
         if bias is None or bias.scale is None or affine is None:
             return 0.0
         half = 0.5 * float(bias.scale.max()) / float(affine.scale)
-        return half if half > VISIBLE else 0.0
+        return half if half > TIE else 0.0
 
     def _compare(self, op: IntOp, raw: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> None:
         if op.kind == "quantize" and np.asarray(raw.get(op.inputs[0], 0)).dtype.kind != "f":
@@ -145,7 +147,9 @@ class _Run:
             if affine is None:
                 continue
             bound = row_of(op.kind).bound
-            tally = self.tallies.setdefault(name, OpTally(name, _kind(op), bound, affine, self._bias_slack(op)))
+            tally = self.tallies.setdefault(
+                name, OpTally(name, _kind(op), bound, affine, self._bias_slack(op), self._mean_bound(op))
+            )
             real = _unquantized(last, values[tensor], inputs)
             tally.compare(raw[name], np.asarray(real))
             if tensor in reference:
