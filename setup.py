@@ -36,8 +36,8 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["kquant", "kquant.*", "kquant_torch", "kquant_torch.*"]),
-    # The tests run on 3.11. 3.12 and 3.13 are let in because TensorFlow 2.21 supports them; they are not tested.
-    python_requires=">=3.11,<3.14",
+    # What the tests run on.
+    python_requires=">=3.11,<3.12",
     # wrapt registers the layers when keras is imported after kquant.
     install_requires=["numpy>=2,<3", "wrapt>=2.5,<3"],
     extras_require={

@@ -64,6 +64,7 @@ def converter_snr_db(model: keras.Model, images: np.ndarray, path) -> float:
     return snr_db(np.concatenate([kquant.load_artifact(path)(x[None]) for x in images[16:]]), reference)
 
 
+@pytest.mark.filterwarnings("ignore:Statistics for quantized inputs:UserWarning")  # of the converter, about its default
 def test_family_is_fully_integer_and_as_trained(family: str, tmp_path) -> None:
     """Random weights; batch norm statistics from one training-mode pass over random images."""
     constructor, size = FAMILIES[family]
