@@ -148,10 +148,19 @@ class _Watch:
         for op in graph.ops:
             if op.kind != "fake_quant" or op.attrs["site"] is None:
                 continue
-            key = (op.attrs["spec"], op.attrs["site"])
-            found = self.limits.get(op.id) or (self.watchers[key].range(op.inputs[0]) if key in self.watchers else None)
-            if found is not None:
-                op.attrs["quantizer"].set_range(*found, op.attrs["site"])
+            key, quantizer = (op.attrs["spec"], op.attrs["site"]), op.attrs["quantizer"]
+            if op.id in self.limits:
+                quantizer.set_range(*self.limits[op.id], op.attrs["site"], held=True)
+            elif key in self.watchers:
+                watcher = self.watchers[key]
+                low, high = watcher.range(op.inputs[0])
+                shares = (_share(float(low), watcher.lo), _share(float(high), watcher.hi))
+                quantizer.set_range(low, high, op.attrs["site"], shares)
+
+
+def _share(chosen: float, extreme: float) -> float:
+    """How much of the data's extreme a range covers; all of it where there is nothing to cut."""
+    return float(min(chosen / extreme, 1.0)) if extreme and chosen * extreme > 0 else 1.0
 
 
 def _warn_clipped(clipped: dict[str, list[int]]) -> None:

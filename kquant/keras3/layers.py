@@ -122,15 +122,18 @@ class FakeQuantize(_Delayed):
         self.supports_masking = True
 
     def build(self, input_shape: Any = None) -> None:
-        def state(name: str, shape: tuple) -> Any:
+        def state(name: str, shape: tuple, initial: str = "zeros") -> Any:
             return self.add_weight(
-                name=name, shape=shape, dtype="float32", initializer="zeros", trainable=False, autocast=False
+                name=name, shape=shape, dtype="float32", initializer=initial, trainable=False, autocast=False
             )
 
         if self.fixed is None:
             self.minimum = state("minimum", (self.sites,))
             self.maximum = state("maximum", (self.sites,))
-            self.seen = state("seen", (self.sites,))
+            # Calibration's ranges may be narrower than the data (MSE at few bits); training keeps to that share.
+            self.covered_low = state("covered_low", (self.sites,), "ones")
+            self.covered_high = state("covered_high", (self.sites,), "ones")
+            self.seen = state("seen", (self.sites,))  # 0: no range yet, 1: it moves with the batches, 2: it is held
             self.frozen = state("frozen", ())
         self._add_step()
         self.built = True
@@ -155,11 +158,11 @@ class FakeQuantize(_Delayed):
         return seen if started is None else ops.logical_and(started, seen)
 
     def _observe(self, x: Any, site: int) -> None:
-        low = ops.zeros(()) if self.nonneg else ops.minimum(ops.min(x), 0.0)
-        high = ops.maximum(ops.max(x), 0.0)
+        low = ops.zeros(()) if self.nonneg else ops.minimum(ops.min(x), 0.0) * self.covered_low[site]
+        high = ops.maximum(ops.max(x), 0.0) * self.covered_high[site]
         here = np.arange(self.sites) == site
         fresh = ops.logical_and(ops.equal(self.seen, 0.0), ops.equal(self.frozen, 0.0))
-        moving = ops.logical_and(ops.not_equal(self.seen, 0.0), ops.equal(self.frozen, 0.0))
+        moving = ops.logical_and(ops.equal(self.seen, 1.0), ops.equal(self.frozen, 0.0))
         for variable, value in ((self.minimum, low), (self.maximum, high)):
             old = ops.convert_to_tensor(variable)
             new = ops.where(fresh, value, ops.where(moving, old + (value - old) * (1.0 - self.decay), old))
@@ -182,9 +185,20 @@ class FakeQuantize(_Delayed):
         """Whether the range has come from data, or is fixed."""
         return self.fixed is not None or bool(np.asarray(self.seen).max() > 0)
 
-    def set_range(self, low: float, high: float, site: int) -> None:
-        """Set a site's range, as calibration does."""
-        for variable, value in ((self.minimum, low), (self.maximum, high), (self.seen, 1.0)):
+    def set_range(
+        self, low: float, high: float, site: int, covered: tuple[float, float] = (1.0, 1.0), held: bool = False
+    ) -> None:
+        """Set a site's range, as calibration does.
+
+        Args:
+            low, high: the range.
+            site: the call site.
+            covered: the shares of the data's minimum and maximum that the range covers, which training keeps to.
+            held: training leaves the range as it is.
+        """
+        values = (low, high, *covered, 2.0 if held else 1.0)
+        state = (self.minimum, self.maximum, self.covered_low, self.covered_high, self.seen)
+        for variable, value in zip(state, values, strict=True):
             array = np.asarray(variable).copy()
             array[site] = value
             variable.assign(array)
