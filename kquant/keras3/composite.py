@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import layers, ops, tree
 
-from kquant.keras3.layers import ChannelAffine, ReciprocalRoot, ScaledSoftmax
+from kquant.keras3.norms import ChannelAffine, ReciprocalRoot, ScaledSoftmax
 from kquant.keras3.read import Reader
 
 Expander = Callable[[Any, list[Any], Any], Any]

@@ -16,7 +16,8 @@ import numpy as np
 from kquant.core.calibration import batches as feeds_of
 from kquant.core.errors import ConfigError, ModelError
 from kquant.core.graph import Op, walk
-from kquant.keras3.layers import BatchNormalization, FakeQuantize, QuantizedLayer
+from kquant.keras3.layers import FakeQuantize, QuantizedLayer
+from kquant.keras3.norms import BatchNormalization
 from kquant.keras3.precision import as_float32
 from kquant.keras3.read import read
 

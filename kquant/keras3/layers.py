@@ -1,7 +1,7 @@
 """The Keras 3 layers that a quantized model is made of. All of their state lies in Keras variables.
 
 `QuantizedLayer` wraps a layer and quantizes its kernel; `FakeQuantize` quantizes activations of one range, at one or
-several places; `BatchNormalization` is Keras' own with statistics that can be frozen while training.
+several places. The layers of `kquant.keras3.norms` are registered with them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from keras import ops
 from kquant.core.affine import round_half_up
 from kquant.core.weights import quantize_gradient, weight_formula
 from kquant.keras3.linear import LINEAR, linear_of
+from kquant.keras3.norms import register
 
-register = keras.saving.register_keras_serializable(package="kquant")
 EMA_DECAY = 0.99  # Jacob et al. 2018, section 3.1: an exponential moving average "close to 1"
 
 
@@ -315,100 +315,3 @@ class QuantizedLayer(_Delayed):
         config = dict(config)
         config["layer"] = keras.saving.deserialize_keras_object(config["layer"])
         return cls(**config)
-
-
-@register
-class BatchNormalization(keras.layers.BatchNormalization):
-    """Keras' batch normalization whose statistics can be frozen while training goes on.
-
-    While the variable `frozen` is 1, training steps normalize by the moving statistics, as inference does, and leave
-    them as they are. No recompilation is needed.
-    """
-
-    def build(self, input_shape: Any) -> None:
-        super().build(input_shape)
-        self.frozen = self.add_weight(
-            name="frozen", shape=(), dtype="float32", initializer="zeros", trainable=False, autocast=False
-        )
-
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        if not training or not self.trainable:
-            return super().call(inputs, training=training, mask=mask)
-        x = ops.cast(inputs, "float32")
-        frozen = self.frozen > 0
-        moved = []
-        for variable, batch in zip((self.moving_mean, self.moving_variance), self._moments(x, mask), strict=True):
-            old = ops.convert_to_tensor(variable)
-            moved.append(ops.where(frozen, old, batch))
-            variable.assign(ops.where(frozen, old, old * self.momentum + batch * (1.0 - self.momentum)))
-        y = ops.batch_normalization(
-            x,
-            *moved,
-            axis=self.axis,
-            offset=ops.cast(self.beta, "float32") if self.center else None,
-            scale=ops.cast(self.gamma, "float32") if self.scale else None,
-            epsilon=self.epsilon,
-        )
-        return ops.cast(y, self.compute_dtype)
-
-
-@register
-class ChannelAffine(keras.layers.Layer):
-    """`x * scale + offset` with one trainable value per channel of the last axis (either may be absent).
-
-    The tail of a normalization, or a product or sum with a trainable vector.
-    """
-
-    def __init__(self, scale: bool = True, offset: bool = True, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.has_scale, self.has_offset = scale, offset
-
-    def build(self, input_shape: Any) -> None:
-        size = (input_shape[-1],)
-        self.scale = self.add_weight(name="scale", shape=size, initializer="ones") if self.has_scale else None
-        self.offset = self.add_weight(name="offset", shape=size, initializer="zeros") if self.has_offset else None
-        self.built = True
-
-    def call(self, x: Any) -> Any:
-        if self.scale is not None:
-            x = x * ops.cast(self.scale, x.dtype)
-        return x if self.offset is None else x + ops.cast(self.offset, x.dtype)
-
-    def values(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scale and offset, float64, shape (size,)."""
-        scale = np.ones(size) if self.scale is None else np.asarray(self.scale, np.float64)
-        offset = np.zeros(size) if self.offset is None else np.asarray(self.offset, np.float64)
-        return scale, offset
-
-    def get_config(self) -> dict:
-        return {**super().get_config(), "scale": self.has_scale, "offset": self.has_offset}
-
-
-@register
-class ReciprocalRoot(keras.layers.Layer):
-    """`1 / sqrt(max(x * factor, least) + epsilon)`, elementwise: the denominator of a normalization."""
-
-    def __init__(self, epsilon: float = 1e-3, factor: float = 1.0, least: float = 0.0, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.epsilon, self.factor, self.least = epsilon, factor, least
-
-    def call(self, x: Any) -> Any:
-        return ops.rsqrt(ops.maximum(x * self.factor, self.least) + self.epsilon)
-
-    def get_config(self) -> dict:
-        return {**super().get_config(), "epsilon": self.epsilon, "factor": self.factor, "least": self.least}
-
-
-@register
-class ScaledSoftmax(keras.layers.Layer):
-    """`softmax(beta * x)` over the last axis, as the target's SOFTMAX kernel computes it."""
-
-    def __init__(self, beta: float = 1.0, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.beta = beta
-
-    def call(self, x: Any) -> Any:
-        return ops.softmax(x * self.beta, axis=-1)
-
-    def get_config(self) -> dict:
-        return {**super().get_config(), "beta": self.beta}

@@ -11,15 +11,9 @@ from keras import layers
 
 from kquant.core.errors import UnsupportedError
 from kquant.core.graph import Weight
-from kquant.keras3.layers import (
-    BatchNormalization,
-    ChannelAffine,
-    FakeQuantize,
-    QuantizedLayer,
-    ReciprocalRoot,
-    ScaledSoftmax,
-)
+from kquant.keras3.layers import FakeQuantize, QuantizedLayer
 from kquant.keras3.linear import LINEAR
+from kquant.keras3.norms import BatchNormalization, ChannelAffine, ReciprocalRoot, ScaledSoftmax
 from kquant.keras3.read import Reader, Source, _node_invoke
 
 Handler = Callable[[Reader, Any, list[str], Any], list[str]]

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops, tree
 
 from kquant.keras3.functions import NAMED, is_elementwise
-from kquant.keras3.layers import ChannelAffine
+from kquant.keras3.norms import ChannelAffine
 from kquant.keras3.read import Reader, Source, _fill
 
 OpHandler = Callable[[Reader, Any, list[str], dict], list[str]]

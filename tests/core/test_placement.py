@@ -128,6 +128,13 @@ def test_where_fixed_meets_shared_the_fixed_operand_is_requantized():
     assert "requantize input 1" in row.note
 
 
+def test_a_fixed_operand_is_the_one_to_requantize_also_where_it_comes_first():
+    ops = (*TWO, ("s", "sigmoid", "b"), ("cat", "concat", "sa"), ("c", "conv2d", ["cat"]))
+    plan = placed(graph(*ops))
+    assert list(plan.edges) == [("cat", 0)]
+    assert plan.edges["cat", 0].spec == site(plan, "a").spec
+
+
 def test_fixed_operands_alone_share_their_parameters():
     ops = (*TWO, ("s", "sigmoid", "a"), ("t", "sigmoid", "b"), ("cat", "concat", "st"), ("c", "conv2d", ["cat"]))
     plan = placed(graph(*ops))
@@ -239,9 +246,10 @@ def test_one_bit_is_for_outputs_that_are_never_negative():
 
 def test_dorefas_range_is_the_unit_interval_behind_non_negative_activations_only():
     ops = (("a", "conv2d", "x"), ("r", "relu", "a", {"max": None, "fn": "relu"}), ("b", "conv2d", "r"))
-    plan = placed(graph(*ops, ("c", "conv2d", "b")), {"q_bits": 2, "op_types": ["default"], "quantizer": "dorefa"})
-    assert [spec(plan, t).unit for t in "rbcx"] == [True, False, False, False]
-    assert [spec(plan, t).bits for t in "rbcx"] == [2, 2, 8, 8]
+    ops = (*ops, ("g", "elementwise", "b", {"fn": "gelu"}), ("c", "conv2d", "g"))
+    plan = placed(graph(*ops), {"q_bits": 2, "op_types": ["default"], "quantizer": "dorefa"})
+    assert [spec(plan, t).unit for t in "rbgcx"] == [True, False, False, False, False]
+    assert [spec(plan, t).bits for t in "rbgcx"] == [2, 2, 2, 8, 8]
     assert site(plan, "r").index is None
 
 

@@ -146,6 +146,11 @@ def embedding_norm(x):
     return layers.BatchNormalization()(layers.Embedding(VOCABULARY, 8)(x))
 
 
+@snippet(VECTOR, travels=2, low_bits=True)
+def two_dense_norm(x):
+    return layers.BatchNormalization()(layers.Dense(4)(layers.Dense(8, activation="relu")(x)))
+
+
 # -- batch norm elsewhere ---------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ from keras import layers
 
 import kquant
 from kquant.keras3 import controls
-from kquant.keras3.layers import BatchNormalization, FakeQuantize, QuantizedLayer
+from kquant.keras3.layers import FakeQuantize, QuantizedLayer
+from kquant.keras3.norms import BatchNormalization
 
 ROOT = pathlib.Path(__file__).parents[2]
 RNG = np.random.default_rng(7)
