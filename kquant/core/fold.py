@@ -33,8 +33,7 @@ def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
     """
     op = stage.anchor
     codes, scale, bits, bias = folded_codes(stage)
-    dead = np.all(by_channel(op, codes).reshape(-1, scale.size) == 0, axis=0)
-    floor = scale_floor(bias, np.asarray(dead), source, target)
+    floor = scale_floor(bias, np.abs(by_channel(op, codes)).reshape(-1, scale.size).max(axis=0) * scale, source, target)
     raised = scale < floor
     coarser = round_half_up(by_channel(op, codes) * (scale / np.where(raised, floor, 1.0)))
     codes = from_channel(op, np.where(raised, coarser, by_channel(op, codes)))
@@ -43,14 +42,16 @@ def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
     return IntWeight(codes.astype(np.int8), scale, bits, bias)
 
 
-def scale_floor(bias: np.ndarray, dead: np.ndarray, source: Affine, target: Affine) -> np.ndarray:
+def scale_floor(bias: np.ndarray, largest: np.ndarray, source: Affine, target: Affine) -> np.ndarray:
     """The smallest weight scale of each channel: its int32 bias fits, and the kernel holds its multiplier.
 
-    A dead channel (no weights but zeros) may have any scale, so it gets one that suits its bias.
+    A channel whose weights (largest magnitude `largest`) vanish at the kernel's smallest multiplier is dead, by zero
+    weights or a zero gamma: any scale holds it, so it gets one that suits its bias.
     """
     unit = np.float64(target.scale) / np.float64(source.scale)  # the weight scale of multiplier one
     fits = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
-    floor: np.ndarray = np.maximum(fits, np.where(dead, DEAD_MULTIPLIER, SMALLEST_MULTIPLIER) * unit)
+    least = np.where(largest < SMALLEST_MULTIPLIER * unit, DEAD_MULTIPLIER, SMALLEST_MULTIPLIER)
+    floor: np.ndarray = np.maximum(fits, least * unit)
     return floor
 
 
@@ -62,8 +63,8 @@ def folded_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]
     scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (channels,))
     bias = trained_bias(op)
     if stage.norm is not None:
-        factor = np.asarray(stage.norm.weights["scale"].read(), np.float64)
-        bias = bias * factor + np.asarray(stage.norm.weights["offset"].read(), np.float64)
+        factor, offset = (over_channels(op, stage.norm.weights[role].read()) for role in ("scale", "offset"))
+        bias = bias * factor + offset
         codes = from_channel(op, by_channel(op, codes) * np.where(factor < 0, -1.0, 1.0))
         scale = scale * np.abs(factor)
     for what, values in (("kernel", codes), ("scale", scale), ("bias", bias)):
@@ -84,9 +85,15 @@ def trained_bias(op: Op) -> np.ndarray:
         return np.asarray(op.weights["offset"].read(), np.float64)
     if "bias" not in op.weights:
         return np.zeros(channels)
-    bias = np.asarray(op.weights["bias"].read(), np.float64)
-    # An einsum's bias may lack some of the kernel's output axes, and broadcasts over them.
-    return bias.reshape(-1) if bias.size == channels else np.broadcast_to(bias, _kept_shape(op)).reshape(-1)
+    return over_channels(op, op.weights["bias"].read())
+
+
+def over_channels(op: Op, values: np.ndarray) -> np.ndarray:
+    """Values of a bias or a norm, one per output channel: what lacks some output axes of an einsum broadcasts."""
+    values = np.asarray(values, np.float64)
+    if values.size == output_channels(op):
+        return values.reshape(-1)
+    return np.broadcast_to(values, _kept_shape(op)).reshape(-1)
 
 
 def _trained_codes(op: Op) -> tuple[np.ndarray, np.ndarray, int]:

@@ -29,7 +29,7 @@ class Placement(enum.Enum):
 
 # Kernels that take int4 weights round twice, the second time in a shift by r bits: an error of at most 0.5 + 2^-r / 2
 # codes and, on the ties of the first rounding, a bias of at most 2^-r / 2. They are used where r >= INT4_SHIFT.
-INT4_SHIFT = 3
+INT4_SHIFT = 4
 INT4_MEAN = 2.0 ** -(INT4_SHIFT + 1)
 EXACT = 0.6  # the contract: 0.5 is perfect rounding, the rest is the kernel's fixed-point multiplier
 

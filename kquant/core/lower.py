@@ -121,14 +121,17 @@ class Lowering:
         op, row = stage.anchor, stage.row
         if row.placement is Placement.OPAQUE:
             return str(op.attrs.get("reason", "it has no integer form"))
+        readers = [o for o, _ in self.consumers[stage.output]]
+        if any(reader.attrs.get("boundary") for reader in readers):
+            return "the config leaves it in float"
         for tensor in op.inputs:
             state = self.states.get(tensor)
             if state is not None and (state.is_float or state.pending is not None):
                 return "its input is not quantized"
         if row.weighted and op.kind != "channel_affine" and "codes" not in op.attrs:
-            return "its weight is not quantized"
+            return "the config leaves its weight in float"
         if self._waits(stage) and [o.kind for o, _ in self.consumers[stage.output]] != ["fake_quant"]:
-            return "its output is not quantized"
+            return "the config leaves its output in float"
         return ""
 
     def _waits(self, stage: Stage) -> bool:

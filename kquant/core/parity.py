@@ -146,7 +146,7 @@ class OpTally:
         count = max(self.count, 1)
         return ParityOp(
             self.name, self.kind, self.affine.bits, self.max_lsb, self.total / count, self.wrong / count,
-            self.bound + self.bias_slack, self.mean_bound + self.bias_slack, len(self.used),
+            min(self.bound + self.bias_slack, 1.0), self.mean_bound + self.bias_slack, len(self.used),
             snr_db(self.signal, self.noise),
         )  # fmt: skip
 

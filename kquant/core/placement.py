@@ -322,13 +322,17 @@ class Placer:
             spec = specs.get(root) or Spec(root, **vars(need))
             index = spec.sites if observes and not (need.fixed or need.unit) else None
             specs[root] = replace(spec, sites=spec.sites + (index is not None))
-            site = Site(root, index)
+            site = Site(root, index, place[0] == "tensor" and self._by_float(place[1]))
             if place[0] == "tensor":
                 sites[place[1]] = (*sites.get(place[1], ()), site)
             else:
                 edges[place[1], place[2]] = site
         rows = tuple(self._row(stage, specs, edges) for stage in self.stages if stage.anchor.kind != "identity")
         return Plan(self.graph, specs, sites, edges, self.weights, frozenset(self.integer), self.floats, rows)
+
+    def _by_float(self, tensor: str) -> bool:
+        producer = self.producers.get(tensor)
+        return producer is not None and producer.id in self.floats
 
     def _make_symmetric(self) -> None:
         """Operands whose zero point must be 0 make their whole class symmetric, or are requantized."""

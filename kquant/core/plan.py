@@ -56,10 +56,17 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class Site:
-    """A place where a tensor is fake-quantized: its spec, and the observer's index, None where it only rounds."""
+    """A place where a tensor is fake-quantized.
+
+    Args:
+        spec: the range.
+        index: of the observer; None where it only rounds.
+        boundary: the tensor comes from an op that the config leaves in float.
+    """
 
     spec: str
     index: int | None
+    boundary: bool = False
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ class Builder:
     def _fake_quantize(self, value: Any, site: Site) -> Any:
         if site.spec not in self.quantizers:
             self.quantizers[site.spec] = self._quantizer(site.spec)
-        return self.quantizers[site.spec](value, site=site.index)
+        options = {"boundary": True} if site.boundary else {}
+        return self.quantizers[site.spec](value, site=site.index, **options)
 
     def _quantizer(self, spec_id: str) -> FakeQuantize:
         spec = self.plan.specs[spec_id]

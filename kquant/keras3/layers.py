@@ -96,7 +96,8 @@ class FakeQuantize(_Delayed):
 
     Args:
         bits: 1..8, or 16 (symmetric).
-        sites: number of call sites that observe; a call names its own as `site=`.
+        sites: number of call sites that observe; a call names its own as `site=`, and with `boundary=True` that its
+            input comes from a layer that stays float.
         fixed: `[low, high]` of a range that does not move, or None.
         symmetric: zero point 0.
         nonneg: the range starts at zero.
@@ -138,7 +139,7 @@ class FakeQuantize(_Delayed):
         self._add_step()
         self.built = True
 
-    def call(self, x: Any, site: int | None = None, training: bool | None = None) -> Any:
+    def call(self, x: Any, site: int | None = None, boundary: bool = False, training: bool | None = None) -> Any:
         wide = ops.cast(x, "float32")
         if training and self.fixed is None and site is not None:
             self._observe(wide, site)
@@ -203,7 +204,9 @@ class FakeQuantize(_Delayed):
             array[site] = value
             variable.assign(array)
 
-    def compute_output_spec(self, x: Any, site: int | None = None, training: bool | None = None) -> Any:
+    def compute_output_spec(
+        self, x: Any, site: int | None = None, boundary: bool = False, training: bool | None = None
+    ) -> Any:
         return keras.KerasTensor(x.shape, _float_dtype(x))
 
     def get_config(self) -> dict:

@@ -317,4 +317,14 @@ def _numbers_are_float(reader: Reader, inputs: list[str]) -> None:
 def _output_names(form: Any) -> list[str]:
     if isinstance(form._outputs_struct, dict):
         return list(form._outputs_struct)
-    return [t._keras_history.operation.name for t in form.outputs]
+    return [_named(t).name for t in form.outputs]
+
+
+def _named(tensor: Any) -> Any:
+    """The layer that made a tensor, before any fake quantization."""
+    operation = tensor._keras_history.operation
+    while type(operation).__name__ == "FakeQuantize":
+        node = operation._inbound_nodes[tensor._keras_history.node_index]
+        (tensor,) = node.arguments.keras_tensors
+        operation = tensor._keras_history.operation
+    return operation

@@ -244,10 +244,18 @@ def _constant_affine(r: Reader, layer: Any, inputs: list[str], node: Any, scale:
 def read_fake_quantize(r: Reader, layer: FakeQuantize, inputs: list[str], node: Any) -> list[str]:
     """A fake quantization: the marker of a quantized tensor."""
     site = node.arguments.kwargs.get("site")
+    boundary = bool(node.arguments.kwargs.get("boundary"))
     base = r.clone(layer)
     source = Source(base.key, base.build, base.weights, _node_invoke(node), layer.name)
     unit = layer.fixed == [0.0, 1.0]  # DoReFa's range
-    attrs = {"spec": layer.name, "site": site, "quantizer": layer, "unit": unit, "is_waiting": layer.is_waiting}
+    attrs = {
+        "spec": layer.name,
+        "site": site,
+        "quantizer": layer,
+        "unit": unit,
+        "boundary": boundary,
+        "is_waiting": layer.is_waiting,
+    }
     return r.add("fake_quant", layer, inputs, [node.outputs[0].shape], source, attrs=attrs)
 
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from kquant.core.graph import Weight
 from kquant.keras3.functions import NAMED, is_elementwise
 from kquant.keras3.norms import ChannelAffine
 from kquant.keras3.read import Reader, Source, _fill
@@ -109,9 +110,23 @@ def _binary(r: Reader, node: Any, inputs: list[str], args: dict) -> list[str]:
                 else _refused(r, node, inputs, "a constant vector divided by a tensor has no integer form")
             )
         kind, value = "mul", np.float32(1.0) / value
+    if value.size > 1 and value.size == value.shape[-1] == node.outputs[0].shape[-1]:
+        return _per_channel(r, node, inputs, kind, value.ravel().astype(np.float64), position)
     constant = r.constant(value.reshape(value.shape or (1,)), node.operation.name)
     operands = [constant, inputs[0]] if position == 0 else [inputs[0], constant]
     return _add(r, node, operands, kind)
+
+
+def _per_channel(r: Reader, node: Any, inputs: list[str], kind: str, value: np.ndarray, position: int) -> list[str]:
+    """A vector over the last axis: a scale or an offset per channel, which the artifact holds exactly."""
+    if kind not in ("mul", "add", "sub"):
+        constant = r.constant(value.astype(np.float32), node.operation.name)
+        return _add(r, node, [constant, inputs[0]] if position == 0 else [inputs[0], constant], kind)
+    scale = value if kind == "mul" else np.full(value.size, -1.0 if kind == "sub" and position == 0 else 1.0)
+    offset = np.zeros(value.size) if kind == "mul" else -value if kind == "sub" and position == 1 else value
+    weights = {"scale": Weight(scale.shape, lambda: scale), "offset": Weight(offset.shape, lambda: offset)}
+    source = r.operation(node.operation, node)
+    return r.add("channel_affine", node.operation, inputs, [t.shape for t in node.outputs], source, weights=weights)
 
 
 def _with_variable(r: Reader, node: Any, inputs: list[str], kind: str, pair: list[Any]) -> list[str]:

@@ -12,6 +12,7 @@ from kquant.core.errors import UnsupportedError
 from kquant.core.int8_spec import NATIVE, ROWS
 from kquant.core.integer import IntegerModel, IntOp, IntTensor
 from kquant.tflite.flatbuffer import FileModel, FileOp, FileTensor
+from kquant.tflite.versions import least_runtime
 
 Lowerer = Callable[["Emitter", IntOp], None]
 LOWERERS: dict[str, Lowerer] = {}
@@ -138,10 +139,11 @@ class Emitter:
         for op in self.model.ops:
             LOWERERS.get(op.kind, _plain)(self, op)
         outputs = tuple(self.tensor(t) for t in self.model.outputs)
+        least = least_runtime((op.opcode, op.version) for op in self.ops)
         inputs = tuple(self.tensor(t) for t in self.model.inputs)
         return FileModel(
             self.tensors, self.ops, inputs, outputs, self.model.input_names, self.model.output_names,
-            {"min_runtime_version": b""}, self.description,
+            {"min_runtime_version": least.encode().ljust(16, b"\0")}, self.description,
         )  # fmt: skip
 
 

@@ -26,16 +26,15 @@ def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
     """
     weight = op.weight
     largest = max(int(np.abs(weight.codes).max(initial=0)), 1)
-    # The finer accumulator must still hold the bias.
+    # The finer accumulator must still hold the bias; XNNPACK's int4 kernels keep theirs times 16.
     unit = np.float64(e.affine(op.inputs[0]).scale) * weight.scale.astype(np.float64)
-    room = max(int(BIAS_LIMIT / max(float((np.abs(weight.bias) / unit).max(initial=0.0)), 1.0)), 1)
-    multiplier = (
-        np.float64(e.affine(op.inputs[0]).scale) * weight.scale.max() / np.float64(e.affine(op.outputs[0]).scale)
-    )
-    narrow = e.affine(op.inputs[0]).bits != 16
-    if narrow and weight.storage_bits == 4 and multiplier / min(7 // largest, room) < 2.0**-INT4_SHIFT:
-        return 4, min(7 // largest, room)
-    return 8, min(127 // largest, room)
+    bias = max(float((np.abs(weight.bias) / unit).max(initial=0.0)), 1.0)
+    gain4 = min(7 // largest, int(BIAS_LIMIT / 16 / bias))
+    multiplier = unit.max() / np.float64(e.affine(op.outputs[0]).scale)
+    narrow = weight.storage_bits == 4 and e.affine(op.inputs[0]).bits != 16 and gain4 >= 1
+    if narrow and multiplier / gain4 < 2.0**-INT4_SHIFT:
+        return 4, gain4
+    return 8, max(min(127 // largest, int(BIAS_LIMIT / bias)), 1)
 
 
 def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int, int]:

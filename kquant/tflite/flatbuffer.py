@@ -210,6 +210,20 @@ class _Buffers:
                     s.BufferAddData(builder, vector)
                 return s.BufferEnd(builder)
 
+        shared: dict[bytes, int] = {}  # zero points: 8 bytes a channel, and all but always the same zeros
+
+        class Quantization(s.QuantizationParametersT):
+            def Pack(self, builder: Any) -> int:  # noqa: N802 - the generated class's name
+                scale, key = builder.CreateNumpyVector(self.scale), self.zeroPoint.tobytes()
+                if key not in shared:
+                    shared[key] = builder.CreateNumpyVector(self.zeroPoint)
+                s.QuantizationParametersStart(builder)
+                s.QuantizationParametersAddScale(builder, scale)
+                s.QuantizationParametersAddZeroPoint(builder, shared[key])
+                s.QuantizationParametersAddQuantizedDimension(builder, self.quantizedDimension)
+                return s.QuantizationParametersEnd(builder)
+
+        self.quantization = Quantization
         self._new = AlignedBuffer
         self._known: dict[bytes, int] = {}
         self.list: list[Any] = [AlignedBuffer()]
@@ -232,7 +246,7 @@ def _tensor_out(tensor: FileTensor, buffers: _Buffers) -> Any:
     quantization = None
     if tensor.scale is not None:
         zero = np.zeros(np.size(tensor.scale)) if tensor.zero_point is None else tensor.zero_point
-        quantization = s.QuantizationParametersT(
+        quantization = buffers.quantization(
             scale=np.array(tensor.scale, np.float32).reshape(-1),
             zeroPoint=np.array(zero, np.int64).reshape(-1),
             quantizedDimension=tensor.axis,

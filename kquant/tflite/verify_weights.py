@@ -52,15 +52,18 @@ def trained_kernel(op: IntOp) -> tuple[np.ndarray, np.ndarray]:
     axes = anchor.attrs["kernel_axes"]
     kept = [i for i in range(kernel.ndim) if i not in axes]
     flat = kernel.transpose(*axes, *kept).reshape(int(np.prod([kernel.shape[a] for a in axes])), -1)
-    bias = _values(anchor, "bias") if "bias" in anchor.weights else np.zeros(flat.shape[1])
-    if bias.size != flat.shape[1]:
-        bias = np.broadcast_to(bias, [kernel.shape[i] for i in kept])
-    bias = bias.reshape(-1)
+
+    def spread(op: Op, role: str) -> np.ndarray:
+        values = _values(op, role)
+        whole = values if values.size == flat.shape[1] else np.broadcast_to(values, [kernel.shape[i] for i in kept])
+        return whole.reshape(-1)
+
+    bias = spread(anchor, "bias") if "bias" in anchor.weights else np.zeros(flat.shape[1])
     norm = next((p for p in op.parts[1:] if p.kind == "channel_affine"), None)
     if norm is None:
         return flat, bias
-    factor = _values(norm, "scale")
-    return flat * factor, bias * factor + _values(norm, "offset")
+    factor = spread(norm, "scale")
+    return flat * factor, bias * factor + spread(norm, "offset")
 
 
 def _values(op: Op, role: str) -> np.ndarray:
@@ -73,15 +76,17 @@ def _compare_weights(op: IntOp, tensors: dict[str, FileTensor], model: IntegerMo
     if kernel is None or bias is None:
         return [f"op {op.id!r}: its kernel or bias is not in the file"]
     want, want_bias = trained_kernel(op if op.parts else _with_parts(op, model))
-    codes = LAYOUTS[op.kind](kernel.data.astype(np.float64), want.shape)
+    wide = model.tensors[op.inputs[0]].dtype == "int16"  # there every convolution is written as CONV_2D
+    layout = LAYOUTS["conv2d" if wide and kernel.data.ndim == 4 else op.kind]
+    codes = layout(kernel.data.astype(np.float64), want.shape)
     codes = codes.reshape(-1, codes.shape[-1])
     scale = kernel.scale.astype(np.float64)
     source = model.tensors[op.inputs[0]].affine
     problems = []
     # Half a code of slack only where a nearly dead channel's scale was raised so that its bias fits.
     target = model.tensors[op.outputs[0]].affine
-    dead = ~want.any(axis=0)
-    floor = np.zeros(scale.size) if source is None else scale_floor(want_bias, dead, source, target)
+    largest = np.abs(want).max(axis=0)
+    floor = np.zeros(scale.size) if source is None else scale_floor(want_bias, largest, source, target)
     slack = WEIGHT_TOLERANCE * np.abs(want) + np.where(scale <= floor * 1.001, 0.5 * scale, 0.0)
     error = np.abs(codes * scale - want) - slack - 1e-30
     tiny = np.abs(want).max(axis=0) < scale  # a channel whose largest weight is below one code of the raised scale
