@@ -90,7 +90,6 @@ def test_static_batch_gives_what_the_dynamic_one_gives(qmodel, tmp_path):
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.xfail(reason="the signature names the output after its quantizer, 'head_quantizer'", strict=True)
 def test_an_output_without_a_name_is_called_as_in_the_float_model(qmodel, tmp_path):
     file = exported(qmodel, tmp_path / "model.tflite")
     assert (file.input_names, file.output_names) == (("x",), ("head",))
@@ -118,11 +117,7 @@ def test_several_inputs_and_outputs_keep_their_names(tmp_path):
 # -- float islands ----------------------------------------------------------------------------------------------------
 
 
-# Bugs of the library that these tests found. Strict: whoever mends one removes its line.
-IGNORED = pytest.mark.xfail(reason="lower() makes an excluded elementwise layer a table", strict=True)
-
-
-@pytest.mark.parametrize("island", ["first", pytest.param("silu", marks=IGNORED), "second", "head"])
+@pytest.mark.parametrize("island", ["first", "silu", "second", "head"])
 def test_float_island_is_refused_unless_allowed(island, tmp_path):
     config = [DEFAULT, {"op_names": [island], "exclude": True}]
     qmodel = kquant.quantize_model(net(), config, calibration_data=X)
@@ -184,9 +179,6 @@ def test_weights_only(data, tmp_path):
 # -- 16x8 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    reason="verify_weights does not know the layout of a depthwise kernel written as CONV_2D", strict=True
-)
 def test_16x8_activations_are_int16_and_finer(qmodel, tmp_path):
     wide = [{"q_bits": {"weight": 8, "output": 16}, "op_types": ["Conv2D", "DepthwiseConv2D", "BatchNormalization"]}]
     config = [DEFAULT, *wide, {"q_bits": 8, "op_names": ["head", "silu"]}]

@@ -25,13 +25,6 @@ WIDTHS: dict[str, tuple[list[dict[str, Any]] | None, int]] = {
     "w4a4": ([{**DEFAULT, "q_bits": 4, "quantizer": "qat"}], 4),
     "dorefa_w2a3": ([{**DEFAULT, "q_bits": {"weight": 2, "output": 3}, "quantizer": "dorefa"}], 3),
 }
-# Bugs of the library that these tests found. Strict: whoever mends one removes its line.
-OVERFLOW = "a channel with gamma 0 has a bias code of 2^30, which XNNPACK's int4 FULLY_CONNECTED cannot hold"
-KNOWN = {
-    **dict.fromkeys([(w, "einsum_dense_norm") for w in WIDTHS if w != "naive"], "fold: norm behind a bias of two axes"),
-    ("w8a8", "constant_vector"): "a vector constant becomes an 8-bit operand of MUL, not a factor per channel",
-    **{(w, "two_dense_norm"): OVERFLOW for w in ("w4a4", "dorefa_w2a3")},
-}
 # 0.5 is perfect rounding and the contract says 0.6; rows with a measured bound of their own, at most 1, carry it. With
 # few bits, half a unit of the bias shows in the output; `verify` adds that to the bound, which is still at most 1.
 BOUND = {op: row.bound for op, row in ROWS.items()}
@@ -44,9 +37,7 @@ def cases() -> Iterator[Any]:
     for width in WIDTHS:
         # Naive's codes are QAT's; it differs in how ranges come about, so each kind of kernel once will do.
         for name in KERNELS if width == "naive" else [n for n, s in SNIPPETS.items() if s.low_bits or width == "w8a8"]:
-            known = KNOWN.get((width, name))
-            marks = [pytest.mark.xfail(reason=known, strict=True)] if known else []
-            yield pytest.param(width, name, marks=marks, id=f"{width}-{name}")
+            yield pytest.param(width, name, id=f"{width}-{name}")
 
 
 @pytest.mark.parametrize(("width", "name"), list(cases()))

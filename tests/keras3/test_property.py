@@ -80,6 +80,7 @@ def check(description: Description, folder) -> set[tuple[str, str | int]]:
     return occurrences(model)
 
 
+@pytest.mark.filterwarnings("ignore:You are using a softmax over axis:UserWarning")  # random shapes have size 1
 def test_random_model_keeps_the_contract(index, tmp_path, record_property, monkeypatch):
     monkeypatch.setattr(engine, "MAX_SHRINKING_SECONDS", SHRINKING)
     kept: list[set] = []
