@@ -457,7 +457,18 @@ def _resizing(layer: Any, shape: tuple) -> dict:
 
 
 LAYERS[layers.MaxPooling1D] = LAYERS[layers.MaxPooling2D] = _shape_op("max_pool2d", _pool)
-LAYERS[layers.AveragePooling1D] = LAYERS[layers.AveragePooling2D] = _shape_op("avg_pool2d", _pool)
+
+
+@reads(layers.AveragePooling1D, layers.AveragePooling2D)
+def read_average_pool(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+    """A windowed average; one window over everything is a mean, which has a range of its own."""
+    shape, output = r.shape(inputs[0]), node.outputs[0].shape
+    if tuple(layer.pool_size) == tuple(shape[1:-1]) and set(output[1:-1]) == {1}:
+        axes = tuple(range(1, len(shape) - 1))
+        return _shape_op("mean", lambda layer, shape: {"axes": axes, "keepdims": True})(r, layer, inputs, node)
+    return _shape_op("avg_pool2d", _pool)(r, layer, inputs, node)
+
+
 LAYERS[layers.GlobalAveragePooling1D] = LAYERS[layers.GlobalAveragePooling2D] = _shape_op("mean", _spatial)
 LAYERS[layers.GlobalMaxPooling1D] = LAYERS[layers.GlobalMaxPooling2D] = _shape_op("reduce_max", _spatial)
 LAYERS[layers.ZeroPadding1D] = LAYERS[layers.ZeroPadding2D] = _shape_op("pad", _padding)
