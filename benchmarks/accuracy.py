@@ -62,7 +62,7 @@ def calibrated(
 def trained(folder: Folder, settings: Settings, bits: str) -> Iterator[Row]:
     """The rows of ResNet8 after training at some bits: the mean over seeds."""
     model = folder.model("resnet8_jpgft_float.keras")
-    images, labels = folder.cifar("train")
+    images, _ = folder.cifar("train")
     x, y = folder.cifar("test")
     floats = classes(model, x) == y
     recipe = dataclasses.replace(RECIPES[bits], epochs=1) if settings.quick else RECIPES[bits]
@@ -71,7 +71,7 @@ def trained(folder: Folder, settings: Settings, bits: str) -> Iterator[Row]:
         qmodel = kquant.quantize_model(model, BITS[bits], calibration_data=images[:CALIBRATION])
         if not seed:
             start = 100 * (exported_classes(qmodel, x) == y).mean()
-        finetune(qmodel, images, labels, recipe, seed)
+        finetune(qmodel, model, images, recipe, seed)
         models.append(classes(qmodel, x) == y)
         artifacts.append(exported_classes(qmodel, x) == y)
     found = mean_difference(floats, np.array(artifacts))

@@ -162,8 +162,9 @@ class Reader:
 
     def node(self, node: Any, inputs: list[str]) -> list[str]:
         """Read one call of a layer or an operation."""
+        from kquant.keras3 import read_layers, read_linear  # noqa: F401  they enter their handlers
         from kquant.keras3.composite import expand
-        from kquant.keras3.read_layers import LAYERS
+        from kquant.keras3.handlers import LAYERS
         from kquant.keras3.read_ops import read_operation
 
         layer = node.operation
