@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from kquant.core.affine import round_half_up
+from kquant.core.affine import fake_quantize
 from kquant.core.weights import quantize_gradient, weight_formula
 from kquant.keras3.linear import LINEAR, linear_of
 from kquant.keras3.norms import register
@@ -48,8 +48,8 @@ def fake_quantize_range(x: Any, low: Any, high: Any, bits: int) -> Any:
         return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
     levels = 1.0 if bits == 1 else 32767.0
     scale = high / levels
-    codes = ops.clip(round_half_up(x / scale, ops), 0.0 if bits == 1 else -levels, levels)
-    return _clipped_straight_through(x, codes * scale, low, high)
+    value = fake_quantize(x, scale, 0.0, 0.0 if bits == 1 else -levels, levels, ops)
+    return _clipped_straight_through(x, value, low, high)
 
 
 def _float_dtype(x: Any) -> str:

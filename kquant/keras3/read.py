@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -29,7 +29,7 @@ class Source:
         build: makes the layer or operation.
         weights: the values to set on a built layer, or None.
         invoke: (layer or operation, inputs) -> output or outputs.
-        layer: the Keras layer that a weighted op came from, without its activation in its config.
+        name: the name that the layer or operation had in the float model.
     """
 
     key: Any
@@ -45,7 +45,6 @@ class _Scope:
 
     path: tuple[str, ...] = ()
     composite: tuple[str, str] | None = None  # (path, type name)
-    hidden: frozenset[str] = field(default=frozenset())
 
 
 class Reader:

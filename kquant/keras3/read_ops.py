@@ -13,7 +13,7 @@ from keras import ops, tree
 from kquant.core.graph import Weight
 from kquant.keras3.functions import NAMED, is_elementwise
 from kquant.keras3.norms import ChannelAffine
-from kquant.keras3.read import Reader, Source, _fill
+from kquant.keras3.read import Reader, _fill
 
 OpHandler = Callable[[Reader, Any, list[str], dict], list[str]]
 OPERATIONS: dict[str, OpHandler] = {}
@@ -362,6 +362,3 @@ def _take(r: Reader, node: Any, inputs: list[str], args: dict) -> list[str]:
         return _refused(r, node, inputs, "take needs constant indices on an axis other than the batch")
     rank = len(r.shape(inputs[0]))
     return _add(r, node, inputs, "gather", {"axis": args["axis"] % rank, "indices": np.asarray(args["indices"])})
-
-
-__all__ = ["OPERATIONS", "Source", "read_operation"]
