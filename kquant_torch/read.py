@@ -1,0 +1,52 @@
+"""Read a PyTorch model, float or wrapped, into the neutral graph.
+
+Layout: torch's own. Batch on axis 0; channels on axis 1 of what convolutions read and write (NCW, NCHW, NCDHW);
+features on the last axis of what a `dense` reads and writes. `Tensor.shape` has None wherever a size follows the size
+of the batch (found by running two batch sizes), and the sizes of `example_inputs` elsewhere. Axes in attrs are
+non-negative. `Tensor.dtype` is a numpy name; ids are `int64`. `call` takes and gives numpy arrays in this layout.
+
+Every op has `attrs["aliases"]` (the names that `op_names` may match). An op with a kernel also has `channel_axis`, the
+axis of its output along which the output channels lie; a `channel_affine` folds into it only if its `axis` is that one.
+Windows are tuples with one int for each of the `rank` spatial axes, with torch's names and meanings.
+
+Ops with a kernel (`weights` by role):
+    conv2d: `rank` 1, 2 or 3, `stride`, `padding` (the same on both sides, zeros), `dilation`, `groups` (depthwise too).
+        `kernel` (out, in / groups, *window), `kernel_axes` all but 0; `bias` (out,) or absent.
+    conv2d_transpose: `rank`, `stride`, `padding`, `output_padding`, `dilation`, `groups`. `kernel` (in, out, *window),
+        `kernel_axes` all but 1; with groups > 1 reshaped to (groups, in / groups, out / groups, *window), `kernel_axes`
+        all but 0 and 2, so that the output channels are in the output's order; `bias`.
+    dense: contracts the last axis of an input of any rank. `kernel` (out, in), `kernel_axes` (1,); `bias`.
+    embedding: an input of ids. `kernel` (count, size), with one scale.
+    channel_affine: `axis`; `scale` and `offset` (channels,): a batch norm with its running statistics, or a product or
+        sum with a vector along `axis`.
+    prelu: `kernel` shaped to broadcast against the input from the right, (channels, 1, 1) or (1,), with one scale.
+    recurrent: `mode` "LSTM" or "GRU"; quantized weights, float arithmetic.
+
+Arithmetic and functions:
+    add, sub, mul, maximum, minimum: two inputs that broadcast; one may be a constant tensor.
+    batch_matmul: two inputs, (..., n, k) and (..., k, m).
+    mean, sum, reduce_max, reduce_min: `dim` (a tuple), `keepdim`. A pool over everything is a `mean` or `reduce_max`.
+    elementwise: `fn`, a name such as `gelu`, `gelu_tanh`, `silu`, `hardswish`, `elu`, `leaky_relu`, `rsqrt`; `call`
+        evaluates it on any shape.
+    relu: `fn` = "relu", `max`: 6.0 for ReLU6, another limit, or None.
+    sigmoid, tanh: nothing. softmax: `dim`, `beta` (the factor of its input).
+
+Windows and shapes:
+    max_pool2d: `rank`, `kernel_size`, `stride`, `padding`, `dilation`, `ceil_mode`.
+    avg_pool2d: `rank`, `kernel_size`, `stride`, `padding`, `ceil_mode`, `count_include_pad`, `divisor_override`.
+    concat: `dim`. reshape: `shape`, the output's, None where it follows the batch.
+    transpose: `dims`; output axis i is input axis dims[i].
+    strided_slice: `begin`, `end` (None: to the end), `strides`, one per input axis; `shrink`: axes dropped afterwards.
+    gather: `dim`, `indices` (int64 array, constant). tile: `repeats`, one per axis (an `expand` too).
+    pad: `paddings`, (before, after) per axis, `value`. mirror_pad: `paddings`, `mode` "reflect".
+    resize_nearest, resize_bilinear: `size` (of the output's spatial axes), `scale_factor` (floats, or None if the size
+        was given), `align_corners`.
+    identity: nothing in the artifact (dropout, contiguous, hooks).
+    opaque: `reason`; `where` (file and line) for a functional op of a model that cannot be traced.
+
+In a wrapped model there are also, as in the Keras 3 front end, ops of kind `fake_quant` with attrs `spec` (one per
+range), `site` (index of the observer, or None), `quantizer` (`bits`, `symmetric`, `nonneg`, `fixed`, `range()`,
+`is_set()`, `set_range(low, high, site, covered, held)`), `unit`, `boundary` and `is_waiting`; and ops with a kernel
+have `formula` (of `kquant.core.weights`), `codes` (gives integer-valued float codes in the shape of `kernel`, and a
+scale that broadcasts) and `is_waiting`. `call(inputs, float_weights=True)` runs them on the float kernel.
+"""
