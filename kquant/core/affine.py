@@ -130,3 +130,10 @@ def bias_codes(bias: np.ndarray, source: Affine, scale: np.ndarray) -> tuple[np.
     unit = np.float64(source.scale) * scale.astype(np.float64)
     codes = round_half_up(bias / unit)
     return codes.astype(np.int32), unit.astype(np.float32)
+
+
+def bias_error(bias: np.ndarray, unit: np.ndarray, target: Affine) -> float:
+    """The largest error that rounding a bias to its unit `s_in * s_w` makes, in codes of the output."""
+    exact = bias / unit.astype(np.float64)
+    off = np.abs(round_half_up(exact) - exact) * unit / np.float64(target.scale)
+    return float(off.max(initial=0.0))

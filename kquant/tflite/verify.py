@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kquant.core.affine import bias_error
 from kquant.core.calibration import batches
 from kquant.core.errors import ArtifactError
 from kquant.core.graph import Graph, Op, walk
@@ -125,13 +126,14 @@ class _Run:
         return INT4_MEAN if kernel is not None and kernel.dtype == "int4" else MEAN_ERROR_LIMIT
 
     def _bias_slack(self, op: IntOp) -> float:
-        """Half a unit of the op's bias in output codes, where that is more than a kernel's own rounding."""
+        """What rounding the trained bias to its unit shifts, in output codes, where a kernel's own rounding is less."""
         bias = self.affines.get(f"{op.id}/bias") or self.affines.get(f"{op.id}/unclamped/bias")
         affine = self.model.tensors[op.outputs[0]].affine
-        if bias is None or bias.scale is None or affine is None:
+        weight = next((o.weight for o in self.model.ops if o.id in (op.id, f"{op.id}/unclamped")), None)
+        if bias is None or bias.scale is None or affine is None or weight is None:
             return 0.0
-        half = 0.5 * float(bias.scale.max()) / float(affine.scale)
-        return half if half > TIE else 0.0
+        error = bias_error(weight.bias, bias.scale, affine)
+        return error if error > TIE else 0.0
 
     def _compare(self, op: IntOp, raw: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> None:
         if op.kind == "quantize" and np.asarray(raw.get(op.inputs[0], 0)).dtype.kind != "f":

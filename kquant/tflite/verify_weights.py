@@ -83,13 +83,16 @@ def _compare_weights(op: IntOp, tensors: dict[str, FileTensor], model: IntegerMo
     scale = kernel.scale.astype(np.float64)
     source = model.tensors[op.inputs[0]].affine
     problems = []
-    # Half a code of slack only where a nearly dead channel's scale was raised so that its bias fits.
+    # Half a code of slack only where a nearly dead channel's scale was raised so that its bias fits. The file's own
+    # scale does not tell: its codes may be spread, with the scale divided by as much.
     target = model.tensors[op.outputs[0]].affine
     largest = np.abs(want).max(axis=0)
     floor = np.zeros(scale.size) if source is None else scale_floor(want_bias, largest, source, target)
-    slack = WEIGHT_TOLERANCE * np.abs(want) + np.where(scale <= floor * 1.001, 0.5 * scale, 0.0)
+    slack = WEIGHT_TOLERANCE * np.abs(want) + np.where(op.weight.scale <= floor * 1.001, 0.5 * floor, 0.0)
     error = np.abs(codes * scale - want) - slack - 1e-30
-    tiny = np.abs(want).max(axis=0) < scale  # a channel whose largest weight is below one code of the raised scale
+    tiny = (
+        np.abs(want).max(axis=0) < op.weight.scale
+    )  # a channel whose largest weight is below one code of the raised scale
     if (error[:, ~tiny] > 0).any():
         channel = int(np.argmax(error.max(axis=0)))
         problems.append(f"op {op.id!r}: the kernel of channel {channel} is not the trained one")

@@ -264,6 +264,18 @@ def test_range_that_the_kernels_cannot_hold(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bias_that_the_kernel_would_shift(tmp_path):
+    """Weights that cancel: the output is the bias alone, a few steps of what the kernel adds it in."""
+    x = keras.Input((2,), name="x")
+    head = layers.Dense(1, name="head")
+    model = keras.Model(x, head(x))
+    head.set_weights([np.array([[1.0], [-1.0]], np.float32), np.array([0.1], np.float32)])
+    qmodel = kquant.quantize_model(model, calibration_data=np.full((4, 2), 1000.0, np.float32))
+    # one step is 1000/255/127 = 0.03088 and the bias 3.2385 of it: 0.2385 steps are 18.78 output codes of 0.1/255
+    refused(RangeError, ("tensor 'head'", "bias", "18.78", "exclude"), kquant.export_tflite, qmodel, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- artifacts --------------------------------------------------------------------------------------------------------
 
 BROKEN = {

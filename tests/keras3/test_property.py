@@ -26,6 +26,9 @@ LEAST = 5  # models
 VERIFIED = 48  # samples; an op's mean error, whose limit is 0.02 codes, means nothing on a handful of values
 SHRINKING = 60  # seconds for one failing model
 SEEN: Counter = Counter()
+# Random weights and six samples of calibration make ranges that no kernel can hold (an output of a hundredth of one
+# step of its bias): such a model must be refused by the name of the tensor. More than these would be a fault of ours.
+MOST_REFUSED = 0.02
 
 # A row that no export can hold, and why.
 CANNOT_OCCUR: dict[str, str] = {}
@@ -71,7 +74,11 @@ def check(description: Description, folder) -> set[tuple[str, str | int]]:
     """Assert the contract of an export on one model; returns what occurred in it."""
     model = quantized(description)
     first, second = folder / "first.tflite", folder / "second.tflite"
-    kquant.export_tflite(model, first)
+    try:
+        kquant.export_tflite(model, first)
+    except kquant.RangeError as refusal:
+        assert refusal.where.startswith("tensor ") and not first.exists()
+        return {("refused", "by the name of the tensor")}
     assert kquant.audit(first).fully_integer
     report = kquant.verify(model, first, description.data(2, VERIFIED))
     assert report.ok, report.problems
@@ -109,6 +116,7 @@ def test_everything_occurred(pytestconfig):
     """In the full run each row, bit width and quantizer occurred at least five times, or a reason is given."""
     if SEEN["models"] < FULL:
         pytest.skip(f"asked of at least {FULL} models in one process; {SEEN['models']} passed here")
+    assert SEEN["refused", "by the name of the tensor"] <= MOST_REFUSED * SEEN["models"]
     wanted = [("row", kind) for kind in ROWS if kind not in CANNOT_OCCUR]
     wanted += [("weight bits", b) for b in range(1, 9)] + [("activation bits", b) for b in range(1, 9)]
     wanted += [("quantizer", q) for q in ("qat", "naive", "dorefa")]
