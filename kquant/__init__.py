@@ -17,6 +17,13 @@ from kquant._version import __version__
 
 if TYPE_CHECKING:
     from kquant.api import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, plan, quantize_model
+    from kquant.controls import (
+        freeze_batch_norm,
+        freeze_observers,
+        reestimate_batch_norm,
+        unfreeze_batch_norm,
+        unfreeze_observers,
+    )
     from kquant.core.errors import (
         ArtifactError,
         CalibrationError,
@@ -27,14 +34,7 @@ if TYPE_CHECKING:
         RangeError,
         UnsupportedError,
     )
-    from kquant.keras3.controls import (
-        QuantizationSchedule,
-        freeze_batch_norm,
-        freeze_observers,
-        reestimate_batch_norm,
-        unfreeze_batch_norm,
-        unfreeze_observers,
-    )
+    from kquant.schedule import QuantizationSchedule
     from kquant.tflite.audit import audit
     from kquant.tflite.export import export_tflite
     from kquant.tflite.run import load_artifact
@@ -44,6 +44,13 @@ if TYPE_CHECKING:
 # The same names as above, for the run time. A test compares the two.
 _PUBLIC = {
     "kquant.api": ("DoReFaQuantizer", "NaiveQuantizer", "QAT_Quantizer", "plan", "quantize_model"),
+    "kquant.controls": (
+        "freeze_batch_norm",
+        "freeze_observers",
+        "reestimate_batch_norm",
+        "unfreeze_batch_norm",
+        "unfreeze_observers",
+    ),
     "kquant.core.errors": (
         "ArtifactError",
         "CalibrationError",
@@ -54,14 +61,7 @@ _PUBLIC = {
         "RangeError",
         "UnsupportedError",
     ),
-    "kquant.keras3.controls": (
-        "QuantizationSchedule",
-        "freeze_batch_norm",
-        "freeze_observers",
-        "reestimate_batch_norm",
-        "unfreeze_batch_norm",
-        "unfreeze_observers",
-    ),
+    "kquant.schedule": ("QuantizationSchedule",),
     "kquant.tflite.audit": ("audit",),
     "kquant.tflite.export": ("export_tflite",),
     "kquant.tflite.run": ("load_artifact",),

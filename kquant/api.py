@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from kquant.core.calibration import calibrate
@@ -16,19 +17,31 @@ TARGETS = ("tflite",)
 OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
 
 
+# The package in which a model's class, or one of its bases, is defined, and our front end for it. The first that is
+# found counts: Keras models of both generations also have bases from TensorFlow.
+FRONT_ENDS = {"keras": "kquant.keras3"}
+ELSEWHERE = {"tf_keras": "a tf_keras (Keras 2) model", "torch": "a PyTorch module; kquant_torch is for these"}
+
+
 def front_end(model: Any) -> Any:
     """The front end module for a model.
+
+    It offers
+
+    - `read(model)`: the neutral graph;
+    - `attach(plan, model)`: the trainable quantized model;
+    - `as_float32(model)`: the model itself, or a float32 copy of one that computes in less;
+    - `take_state(model, exact)`: copy back what calibration set in that copy;
+    - `controlled(model)`: a `kquant.controls.Controlled`, or None for a float model.
 
     Raises:
         ModelError: not a model that kquant reads, saying which kind it is.
     """
     roots = {c.__module__.split(".")[0] for c in type(model).__mro__}
-    if "keras" in roots:
-        from kquant import keras3
-
-        return keras3
-    known = {"tf_keras": "a tf_keras (Keras 2) model", "torch": "a PyTorch module; kquant_torch is for these"}
-    what = next((text for root, text in known.items() if root in roots), type(model).__name__)
+    for root, module in FRONT_ENDS.items():
+        if root in roots:
+            return importlib.import_module(module)
+    what = next((text for root, text in ELSEWHERE.items() if root in roots), type(model).__name__)
     raise ModelError("model", "a built Keras 3 model", what)
 
 
@@ -107,8 +120,7 @@ def _quantize(
     if calibration_data is not None:
         exact = front.as_float32(quantized)
         calibrate(front.read(exact), calibration_data, observer)
-        if exact is not quantized:
-            quantized.set_weights(exact.get_weights())
+        front.take_state(quantized, exact)
     return quantized
 
 

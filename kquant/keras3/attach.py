@@ -14,8 +14,9 @@ from kquant.core.affine import Affine
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op
 from kquant.core.plan import Plan, Site
-from kquant.keras3.layers import EMA_DECAY, FakeQuantize, QuantizedLayer
+from kquant.keras3.layers import FakeQuantize, QuantizedLayer
 from kquant.keras3.read import functional
+from kquant.tf_numerics import EMA_DECAY
 
 
 class Builder:

@@ -6,50 +6,25 @@ several places. The layers of `kquant.keras3.norms` are registered with them.
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import ops
 
-from kquant.core.affine import fake_quantize
-from kquant.core.weights import quantize_gradient, weight_formula
+from kquant.core.weights import weight_formula
 from kquant.keras3.linear import LINEAR, linear_of
 from kquant.keras3.norms import register
-
-EMA_DECAY = 0.99  # Jacob et al. 2018, section 3.1: an exponential moving average "close to 1"
-
-
-@tf.custom_gradient
-def straight_through(x: Any, value: Any) -> Any:
-    """`value`, with the gradient passed to `x` unchanged (Bengio et al. 2013, straight-through estimator)."""
-    return value, lambda upstream: (upstream, None)
-
-
-@tf.custom_gradient
-def _clipped_straight_through(x: Any, value: Any, low: Any, high: Any) -> Any:
-    """`value`, with the gradient passed to `x` inside `[low, high]` and zero outside."""
-
-    def backward(upstream: Any) -> tuple:
-        return ops.where(ops.logical_and(x >= low, x <= high), upstream, 0.0), None, None, None
-
-    return value, backward
-
-
-def fake_quantize_range(x: Any, low: Any, high: Any, bits: int) -> Any:
-    """Fake-quantize float32 `x` to `bits` on the range `[low, high]`, nudged so that zero is exact.
-
-    From 2 to 8 bits this is TensorFlow's `FakeQuantWithMinMaxVars` (one pass, same codes as `Affine.of_range`); one bit
-    and the symmetric 16-bit grid, which that kernel lacks, are written out.
-    """
-    if 2 <= bits <= 8:
-        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
-    levels = 1.0 if bits == 1 else 32767.0
-    scale = high / levels
-    value = fake_quantize(x, scale, 0.0, 0.0 if bits == 1 else -levels, levels, ops)
-    return _clipped_straight_through(x, value, low, high)
+from kquant.tf_numerics import (
+    EMA_DECAY,
+    Observed,
+    fake_quantize_range,
+    observe,
+    quantized_weight,
+    range_in_force,
+    weight_codes,
+    with_quantized_gradient,
+)
 
 
 def _float_dtype(x: Any) -> str:
@@ -159,32 +134,26 @@ class FakeQuantize(_Delayed):
         return seen if started is None else ops.logical_and(started, seen)
 
     def _observe(self, x: Any, site: int) -> None:
-        low = ops.zeros(()) if self.nonneg else ops.minimum(ops.min(x), 0.0) * self.covered_low[site]
-        high = ops.maximum(ops.max(x), 0.0) * self.covered_high[site]
-        here = np.arange(self.sites) == site
-        fresh = ops.logical_and(ops.equal(self.seen, 0.0), ops.equal(self.frozen, 0.0))
-        moving = ops.logical_and(ops.equal(self.seen, 1.0), ops.equal(self.frozen, 0.0))
-        for variable, value in ((self.minimum, low), (self.maximum, high)):
-            old = ops.convert_to_tensor(variable)
-            new = ops.where(fresh, value, ops.where(moving, old + (value - old) * (1.0 - self.decay), old))
-            variable.assign(ops.where(here, new, old))
-        self.seen.assign(ops.maximum(self.seen, ops.where(here, ops.cast(fresh, "float32"), 0.0)))
+        state = Observed(*(ops.convert_to_tensor(getattr(self, name)) for name in Observed._fields))
+        minimum, maximum, seen = observe(x, state, site, self.nonneg, self.decay)
+        self.minimum.assign(minimum)
+        self.maximum.assign(maximum)
+        self.seen.assign(seen)
 
     def range(self) -> tuple[Any, Any]:
         """The float32 range in force, before nudging; `[0, 1]` for a tensor that is constantly zero."""
         if self.fixed is not None:
             return ops.convert_to_tensor(self.fixed[0], "float32"), ops.convert_to_tensor(self.fixed[1], "float32")
-        low, high = ops.min(self.minimum), ops.max(self.maximum)
-        low, high = ops.minimum(low, 0.0), ops.maximum(high, 0.0)
-        if self.symmetric or self.bits == 16:
-            limit = ops.maximum(-low, high)
-            half = 2 ** (self.bits - 1)
-            low, high = (-limit if self.bits == 16 else -limit * (half / (half - 1.0))), limit
-        return low, ops.where(ops.equal(high - low, 0.0), 1.0, high)
+        values = (ops.convert_to_tensor(v) for v in (self.minimum, self.maximum))
+        return range_in_force(*values, self.bits, self.symmetric)
 
     def is_set(self) -> bool:
         """Whether the range has come from data, or is fixed."""
         return self.fixed is not None or bool(np.asarray(self.seen).max() > 0)
+
+    def set_frozen(self, value: float) -> None:
+        """Let the range stand still (1) or move with the training batches (0)."""
+        self.frozen.assign(value)
 
     def set_range(
         self, low: float, high: float, site: int, covered: tuple[float, float] = (1.0, 1.0), held: bool = False
@@ -265,13 +234,11 @@ class QuantizedLayer(_Delayed):
 
     def codes(self) -> tuple[Any, Any]:
         """Integer-valued float codes (shape of the kernel) and their broadcastable scale, from the current kernel."""
-        return self.formula.quantize(self.formula.prepare(ops.convert_to_tensor(self.kernel), ops), ops)
+        return weight_codes(self.formula, ops.convert_to_tensor(self.kernel))
 
     def quantized_kernel(self) -> Any:
         """The fake-quantized kernel, float32, differentiable with respect to the float kernel."""
-        prepared = self.formula.prepare(ops.convert_to_tensor(self.kernel), ops)
-        codes, scale = self.formula.quantize(prepared, ops)
-        return straight_through(prepared, ops.stop_gradient(codes * scale))
+        return quantized_weight(self.formula, ops.convert_to_tensor(self.kernel))
 
     def call(self, x: Any, training: bool | None = None, quantized: bool = True) -> Any:
         kernel = self.quantized_kernel() if quantized else ops.convert_to_tensor(self.kernel)
@@ -291,19 +258,7 @@ class QuantizedLayer(_Delayed):
     def _with_quantized_gradient(self, y: Any, started: Any) -> Any:
         draws = self.draws + 1
         self.draws.assign(draws)
-        seed = tf.stack([zlib.crc32(self.layer.name.encode()) % 2**31, draws])
-        noise = tf.random.stateless_uniform(tf.shape(y), seed, -0.5, 0.5)
-        bits = self.gradient_bits
-
-        @tf.custom_gradient
-        def identity(value: Any) -> Any:
-            def backward(upstream: Any) -> Any:
-                quantized = ops.cast(quantize_gradient(ops.cast(upstream, "float32"), noise, bits, ops), upstream.dtype)
-                return quantized if started is None else ops.where(started, quantized, upstream)
-
-            return value, backward
-
-        return identity(y)
+        return with_quantized_gradient(y, self.gradient_bits, (self.layer.name, ops.convert_to_tensor(draws)), started)
 
     def compute_output_spec(self, x: Any, training: bool | None = None, quantized: bool = True) -> Any:
         return keras.KerasTensor(linear_of(self.layer).shape(self.layer, tuple(x.shape)), self.compute_dtype)

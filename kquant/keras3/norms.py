@@ -13,6 +13,14 @@ from tensorflow.python.ops import control_flow_util
 register = keras.saving.register_keras_serializable(package="kquant")
 
 
+def norm_affine(layer: Any, mean: Any, variance: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The scale and the offset per channel of a batch norm layer for given statistics, float64."""
+    sigma = np.sqrt(np.asarray(variance, np.float64) + layer.epsilon)
+    scale = (np.asarray(layer.gamma, np.float64) if layer.scale else 1.0) / sigma
+    beta = np.asarray(layer.beta, np.float64) if layer.center else 0.0
+    return scale, beta - np.asarray(mean, np.float64) * scale
+
+
 @register
 class BatchNormalization(keras.layers.BatchNormalization):
     """Keras' batch normalization whose statistics can be frozen while training goes on.
@@ -26,6 +34,19 @@ class BatchNormalization(keras.layers.BatchNormalization):
         self.frozen = self.add_weight(
             name="frozen", shape=(), dtype="float32", initializer="zeros", trainable=False, autocast=False
         )
+
+    def set_frozen(self, value: float) -> None:
+        """Let the statistics stand still (1) or move with the training batches (0)."""
+        self.frozen.assign(value)
+
+    def set_statistics(self, mean: np.ndarray, variance: np.ndarray) -> None:
+        """Set the moving statistics."""
+        self.moving_mean.assign(mean)
+        self.moving_variance.assign(variance)
+
+    def affine(self, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The scale and the offset per channel that normalize by these statistics, float64."""
+        return norm_affine(self, mean, variance)
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         if not training or not self.trainable:

@@ -20,6 +20,12 @@ def as_float32(model: Any) -> Any:
     return copy
 
 
+def take_state(model: Any, exact: Any) -> None:
+    """Copy back what calibration set in the float32 copy of a model."""
+    if exact is not model:
+        model.set_weights(exact.get_weights())
+
+
 def _without_policy(config: Any) -> Any:
     """A config with every dtype policy replaced by float32."""
     if isinstance(config, dict):

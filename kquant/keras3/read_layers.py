@@ -12,7 +12,7 @@ from keras import layers
 from kquant.core.graph import Weight
 from kquant.keras3.handlers import LAYERS, Handler, reads
 from kquant.keras3.layers import FakeQuantize
-from kquant.keras3.norms import BatchNormalization, ChannelAffine, ReciprocalRoot, ScaledSoftmax
+from kquant.keras3.norms import BatchNormalization, ChannelAffine, ReciprocalRoot, ScaledSoftmax, norm_affine
 from kquant.keras3.read import Reader, Source, _node_invoke
 
 
@@ -33,24 +33,20 @@ def read_batch_norm(r: Reader, layer: Any, inputs: list[str], node: Any) -> list
     if layer.axis % rank != rank - 1 or getattr(layer, "renorm", False):
         return r.unknown(layer, inputs, node, "batch norm must normalize the last axis, without renorm")
 
-    def scale() -> np.ndarray:
-        sigma = np.sqrt(np.asarray(layer.moving_variance, np.float64) + layer.epsilon)
-        return (np.asarray(layer.gamma, np.float64) if layer.scale else 1.0) / sigma
-
-    def offset() -> np.ndarray:
-        beta = np.asarray(layer.beta, np.float64) if layer.center else 0.0
-        return beta - np.asarray(layer.moving_mean, np.float64) * scale()
+    def affine() -> tuple[np.ndarray, np.ndarray]:
+        return norm_affine(layer, layer.moving_mean, layer.moving_variance)
 
     size = (int(layer.moving_mean.shape[0]),)
-    weights = {"scale": Weight(size, scale), "offset": Weight(size, offset)}
+    weights = {"scale": Weight(size, lambda: affine()[0]), "offset": Weight(size, lambda: affine()[1])}
     source = r.clone(layer)
+    attrs = {"batch_norm": layer} if isinstance(layer, BatchNormalization) else {}
     if type(layer) is layers.BatchNormalization:
 
         def build() -> Any:
             return BatchNormalization.from_config(layer.get_config())
 
         source = Source(source.key, build, layer.get_weights, source.invoke, layer.name)
-    return r.add("channel_affine", layer, inputs, [node.outputs[0].shape], source, weights=weights)
+    return r.add("channel_affine", layer, inputs, [node.outputs[0].shape], source, attrs=attrs, weights=weights)
 
 
 @reads(ChannelAffine)

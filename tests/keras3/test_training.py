@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import layers
 
 import kquant
-from kquant.keras3 import controls
+from kquant import controls
 from kquant.keras3.layers import FakeQuantize, QuantizedLayer
 from kquant.keras3.norms import BatchNormalization
 

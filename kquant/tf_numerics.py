@@ -1,0 +1,151 @@
+"""The numerics that all TensorFlow front ends share: core's formulas over `tf`, with their gradients.
+
+Everything here is a function of tensors. Where state lies (Keras variables, variables of a graph) is the front end's.
+"""
+
+from __future__ import annotations
+
+import zlib
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.core.affine import fake_quantize
+from kquant.core.weights import DoReFa, Symmetric, quantize_gradient
+
+EMA_DECAY = 0.99  # Jacob et al. 2018, section 3.1: an exponential moving average "close to 1"
+
+# The array namespace of core's formulas, over TensorFlow.
+xp = SimpleNamespace(
+    abs=tf.abs,
+    clip=tf.clip_by_value,
+    floor=tf.floor,
+    max=lambda x, axis=None, keepdims=False: tf.reduce_max(x, axis, keepdims),
+    maximum=tf.maximum,
+    mean=lambda x, axis=None, keepdims=False: tf.reduce_mean(x, axis, keepdims),
+    minimum=tf.minimum,
+    ones_like=tf.ones_like,
+    tanh=tf.tanh,
+    where=tf.where,
+)
+
+
+@tf.custom_gradient
+def straight_through(x: Any, value: Any) -> Any:
+    """`value`, with the gradient passed to `x` unchanged (Bengio et al. 2013, straight-through estimator)."""
+    return value, lambda upstream: (upstream, None)
+
+
+@tf.custom_gradient
+def clipped_straight_through(x: Any, value: Any, low: Any, high: Any) -> Any:
+    """`value`, with the gradient passed to `x` inside `[low, high]` and zero outside."""
+
+    def backward(upstream: Any) -> tuple:
+        inside = tf.logical_and(x >= low, x <= high)
+        return tf.where(inside, upstream, tf.zeros_like(upstream)), None, None, None
+
+    return value, backward
+
+
+def fake_quantize_range(x: Any, low: Any, high: Any, bits: int) -> Any:
+    """Fake-quantize float32 `x` to `bits` on the range `[low, high]`, nudged so that zero is exact.
+
+    From 2 to 8 bits this is TensorFlow's `FakeQuantWithMinMaxVars` (one pass, same codes as `Affine.of_range`); one bit
+    and the symmetric 16-bit grid, which that kernel lacks, are written out.
+    """
+    if 2 <= bits <= 8:
+        return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
+    levels = 1.0 if bits == 1 else 32767.0
+    scale = high / levels
+    value = fake_quantize(x, scale, 0.0, 0.0 if bits == 1 else -levels, levels, xp)
+    return clipped_straight_through(x, value, low, high)
+
+
+def weight_codes(formula: Symmetric | DoReFa, kernel: Any) -> tuple[Any, Any]:
+    """Integer-valued float codes (shape of the float32 `kernel`) and their broadcastable scale."""
+    return formula.quantize(formula.prepare(kernel, xp), xp)
+
+
+def quantized_weight(formula: Symmetric | DoReFa, kernel: Any) -> Any:
+    """The fake-quantized float32 `kernel`, differentiable through the formula's `prepare`."""
+    prepared = formula.prepare(kernel, xp)
+    codes, scale = formula.quantize(prepared, xp)
+    return straight_through(prepared, tf.stop_gradient(codes * scale))
+
+
+def with_quantized_gradient(y: Any, bits: int, seed: tuple[str, Any], started: Any = None) -> Any:
+    """`y` unchanged, whose gradient is quantized as DoReFa-Net does it.
+
+    Args:
+        y: a layer's output before its bias, samples on axis 0.
+        bits: of the gradient, 1..8.
+        seed: of the noise: a name, and the number of the draw (int32).
+        started: a boolean tensor; where it is false the gradient passes as it is. None for always.
+    """
+    name, draw = seed
+    key = tf.stack([zlib.crc32(name.encode()) % 2**31, draw])
+    noise = tf.random.stateless_uniform(tf.shape(y), key, -0.5, 0.5)
+
+    @tf.custom_gradient
+    def identity(value: Any) -> Any:
+        def backward(upstream: Any) -> Any:
+            quantized = tf.cast(quantize_gradient(tf.cast(upstream, tf.float32), noise, bits, xp), upstream.dtype)
+            return quantized if started is None else tf.where(started, quantized, upstream)
+
+        return value, backward
+
+    return identity(y)
+
+
+class Observed(NamedTuple):
+    """The state of an observed range, float32 tensors; all but `frozen` have one value per call site.
+
+    `seen` is 0 where there is no range yet, 1 where it moves with the batches, 2 where it is held. Calibration's ranges
+    may be narrower than the data (MSE at few bits); training keeps to the shares `covered_low` and `covered_high`.
+    """
+
+    minimum: Any
+    maximum: Any
+    covered_low: Any
+    covered_high: Any
+    seen: Any
+    frozen: Any
+
+
+def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> tuple[Any, Any, Any]:
+    """Take in one training batch at a call site.
+
+    Args:
+        x: the float32 tensor.
+        state: before the batch.
+        site: the call site that sees it.
+        nonneg: the range starts at zero.
+        decay: of the exponential moving average; 1.0 keeps the first range.
+
+    Returns:
+        minimum, maximum and seen after the batch.
+    """
+    low = tf.zeros(()) if nonneg else tf.minimum(tf.reduce_min(x), 0.0) * state.covered_low[site]
+    high = tf.maximum(tf.reduce_max(x), 0.0) * state.covered_high[site]
+    here = np.arange(int(state.seen.shape[0])) == site
+    fresh = tf.logical_and(tf.equal(state.seen, 0.0), tf.equal(state.frozen, 0.0))
+    moving = tf.logical_and(tf.equal(state.seen, 1.0), tf.equal(state.frozen, 0.0))
+
+    def moved(old: Any, value: Any) -> Any:
+        new = tf.where(fresh, value, tf.where(moving, old + (value - old) * (1.0 - decay), old))
+        return tf.where(here, new, old)
+
+    seen = tf.maximum(state.seen, tf.where(here, tf.cast(fresh, tf.float32), 0.0))
+    return moved(state.minimum, low), moved(state.maximum, high), seen
+
+
+def range_in_force(minimum: Any, maximum: Any, bits: int, symmetric: bool) -> tuple[Any, Any]:
+    """The range that covers all sites, before nudging; `[0, 1]` for a tensor that is constantly zero."""
+    low, high = tf.minimum(tf.reduce_min(minimum), 0.0), tf.maximum(tf.reduce_max(maximum), 0.0)
+    if symmetric or bits == 16:
+        limit = tf.maximum(-low, high)
+        half = 2 ** (bits - 1)
+        low, high = (-limit if bits == 16 else -limit * (half / (half - 1.0))), limit
+    return low, tf.where(tf.equal(high - low, 0.0), 1.0, high)
