@@ -11,46 +11,46 @@ import numpy as np
 from kquant.core.affine import SMALLEST_SCALE, Affine, round_half_up
 from kquant.core.errors import ModelError, RangeError
 from kquant.core.graph import Op
-from kquant.core.int8_spec import ROWS
 from kquant.core.integer import IntWeight
 from kquant.core.stages import Stage
+from kquant.core.target import Accumulator
 from kquant.core.weights import storage_bits
 
-INT32_LIMIT = 2.0**30  # the largest bias code, one bit below int32, so that it always fits
-SMALLEST_MULTIPLIER = 2.0**-30  # of an accumulator to the output scale; kernels hold 2^-31 to 2^8
-LARGEST_MULTIPLIER = 2.0**8
 DEAD_MULTIPLIER = 2.0**-12  # of a channel without weights: its bias is exact to 2^-13 output codes
 
 
-def fold(stage: Stage, source: Affine, target: Affine) -> IntWeight:
+def fold(stage: Stage, source: Affine, target: Affine, holds: Accumulator) -> IntWeight:
     """Weight codes, channel scales and bias of a weighted stage between two activation tensors.
 
-    The scale of a channel is at least `|bias| / (s_in * 2^30)`, so that the int32 bias fits, and large enough for the
-    kernel's multiplier; a channel raised to that floor is coded anew on the coarser grid.
+    The scale of a channel is at least `|bias| / (s_in * bias_limit)`, so that an integer bias fits, and large enough
+    for the kernel's multiplier (`holds`); a channel raised to that floor is coded anew on the coarser grid.
 
     Raises:
         RangeError: a multiplier that the kernel cannot hold. ModelError: weights that are not finite.
     """
     op = stage.anchor
     codes, scale, bits, bias = folded_codes(stage)
-    floor = scale_floor(bias, np.abs(by_channel(op, codes)).reshape(-1, scale.size).max(axis=0) * scale, source, target)
+    largest = np.abs(by_channel(op, codes)).reshape(-1, scale.size).max(axis=0) * scale
+    floor = scale_floor(bias, largest, source, target, holds)
     raised = scale < floor
     coarser = round_half_up(by_channel(op, codes) * (scale / np.where(raised, floor, 1.0)))
     codes = from_channel(op, np.where(raised, coarser, by_channel(op, codes)))
     scale = np.where(raised, floor, scale).astype(np.float32)
-    _check_scale(op, scale, source, target)
+    _check_scale(op, scale, source, target, holds)
     return IntWeight(codes.astype(np.int8), scale, bits, bias)
 
 
-def scale_floor(bias: np.ndarray, largest: np.ndarray, source: Affine, target: Affine) -> np.ndarray:
-    """The smallest weight scale of each channel: its int32 bias fits, and the kernel holds its multiplier.
+def scale_floor(
+    bias: np.ndarray, largest: np.ndarray, source: Affine, target: Affine, holds: Accumulator
+) -> np.ndarray:
+    """The smallest weight scale of each channel: an integer bias fits, and the kernel holds its multiplier.
 
     A channel whose weights (largest magnitude `largest`) vanish at the kernel's smallest multiplier is dead, by zero
     weights or a zero gamma: any scale holds it, so it gets one that suits its bias.
     """
     unit = np.float64(target.scale) / np.float64(source.scale)  # the weight scale of multiplier one
-    fits = np.maximum(np.abs(bias) / (np.float64(source.scale) * INT32_LIMIT), SMALLEST_SCALE)
-    least = np.where(largest < SMALLEST_MULTIPLIER * unit, DEAD_MULTIPLIER, SMALLEST_MULTIPLIER)
+    fits = np.maximum(np.abs(bias) / (np.float64(source.scale) * holds.bias_limit), SMALLEST_SCALE)
+    least = np.where(largest < holds.smallest * unit, DEAD_MULTIPLIER, holds.smallest)
     floor: np.ndarray = np.maximum(fits, least * unit)
     return floor
 
@@ -58,7 +58,7 @@ def scale_floor(bias: np.ndarray, largest: np.ndarray, source: Affine, target: A
 def folded_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
     """Codes (the kernel's shape, sign of gamma included), scale per channel, storage bits and bias, float64."""
     op = stage.anchor
-    codes, scale, bits = _trained_codes(op)
+    codes, scale, bits = _trained_codes(stage)
     channels = output_channels(op)
     scale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1), (channels,))
     bias = trained_bias(op)
@@ -96,12 +96,13 @@ def over_channels(op: Op, values: np.ndarray) -> np.ndarray:
     return np.broadcast_to(values, _kept_shape(op)).reshape(-1)
 
 
-def _trained_codes(op: Op) -> tuple[np.ndarray, np.ndarray, int]:
+def _trained_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int]:
+    op = stage.anchor
     if op.kind == "channel_affine":  # one weight per channel: a code of full magnitude holds it exactly
         factor = np.asarray(op.weights["scale"].read(), np.float64)
         return np.where(factor < 0, -127.0, 127.0), np.abs(factor) / 127.0, 8
     codes, scale = (np.asarray(a) for a in op.attrs["codes"]())
-    return codes, scale, storage_bits(op.attrs["formula"]) if ROWS[op.kind].int4 else 8
+    return codes, scale, storage_bits(op.attrs["formula"]) if stage.row.int4 else 8
 
 
 def _kept_axes(op: Op) -> list[int]:
@@ -135,12 +136,12 @@ def from_channel(op: Op, codes: np.ndarray) -> np.ndarray:
     return codes.reshape([op.weights["kernel"].shape[i] for i in order]).transpose(np.argsort(order))
 
 
-def _check_scale(op: Op, scale: np.ndarray, source: Affine, target: Affine) -> None:
+def _check_scale(op: Op, scale: np.ndarray, source: Affine, target: Affine, holds: Accumulator) -> None:
     multiplier = scale.astype(np.float64) * source.scale / target.scale
-    if not np.isfinite(scale).all() or multiplier.max() >= LARGEST_MULTIPLIER:
+    if not np.isfinite(scale).all() or multiplier.max() >= holds.largest:
         raise RangeError(
             f"tensor {op.output!r}",
-            f"the ratio of accumulator to output scale must lie below {LARGEST_MULTIPLIER:.0f}, which the kernel holds",
+            f"the ratio of accumulator to output scale must lie below {holds.largest:.0f}, which the kernel holds",
             f"{multiplier.max():.3g} (weight {scale.max():.3g}, input {source.scale:.3g}, output {target.scale:.3g})",
             "Calibrate on representative data, or leave the layer in float with `exclude`",
         )

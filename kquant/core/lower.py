@@ -14,9 +14,10 @@ from kquant.core.affine import INT8_MAX, Affine
 from kquant.core.errors import RangeError, UnsupportedError
 from kquant.core.fold import fold
 from kquant.core.graph import Graph, Op, Shape
-from kquant.core.int8_spec import NATIVE, Placement
+from kquant.core.int8_spec import Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
+from kquant.core.target import TFLITE, Target
 
 COARSE_UNIT = 0.02  # output codes: half of it is what a bias may be off by
 LARGEST_TABLE = 2**22  # bytes
@@ -47,8 +48,8 @@ def affine_of(quantizer: Any, name: str) -> Affine:
 class Lowering:
     """One pass over a graph. Use `lower`."""
 
-    def __init__(self, graph: Graph):
-        self.graph = graph
+    def __init__(self, graph: Graph, target: Target):
+        self.graph, self.target = graph, target
         self.states: dict[str, _State] = {}
         self.tensors: dict[str, IntTensor] = {}
         self.ops: list[IntOp] = []
@@ -59,7 +60,7 @@ class Lowering:
         """The integer model; float ops are in it as such, with their reasons in `floats`."""
         for name in self.graph.inputs:
             self._input(name)
-        for stage in stages(self.graph):
+        for stage in stages(self.graph, target=self.target):
             self._stage(stage)
         outputs = tuple(self._result(t) for t in self.graph.outputs)
         graph = self.graph
@@ -187,7 +188,7 @@ class Lowering:
         shape = self._shape(op.output)
         if affine.bits == 16 or known(state.affine).bits == 16:
             self._add(IntOp(name, "requantize", (state.tensor,), (name,), parts=(op,)), [affine], [shape])
-        elif affine.bits == 8 and shape[-1] is not None:
+        elif self.target.requantize_by_kernel and affine.bits == 8 and shape[-1] is not None:
             # An identity depthwise kernel rounds exactly; the int8-to-int8 QUANTIZE kernel is up to a step off.
             channels = int(shape[-1])
             ones = IntWeight(
@@ -239,18 +240,23 @@ class Lowering:
             codes, scale = op.attrs["codes"]()
             attrs = {**attrs, "constant": affine.quantize(np.asarray(codes) * scale)}
         elif stage.row.weighted:
-            weight = fold(stage, known(self.tensors[inputs[0]].affine), affine)
+            weight = self._fold(stage, inputs[0], affine)
             if self._is_coarse(inputs[0], weight, affine):
                 inputs = (self._spread(inputs[0]),)
-                weight = fold(stage, known(self.tensors[inputs[0]].affine), affine)
+                weight = self._fold(stage, inputs[0], affine)
         made = IntOp(
             stage.output, op.kind, inputs, (stage.output,), attrs, weight,
             relu=stage.relu is not None, relu_max=stage.relu.attrs.get("max") if stage.relu else None, parts=stage.ops,
         )  # fmt: skip
         self._clamped(made, affine, self._shape(stage.output), False)
 
+    def _fold(self, stage: Stage, source: str, affine: Affine) -> IntWeight:
+        return fold(stage, known(self.tensors[source].affine), affine, self.target.accumulator)
+
     def _is_coarse(self, tensor: str, weight: IntWeight, target: Affine) -> bool:
         """Whether the bias of a low-bit input's reader has a unit of many output codes, so that its rounding shows."""
+        if self.target.accumulator.bias_limit == float("inf"):  # a float bias has no unit
+            return False
         source = known(self.tensors[tensor].affine)
         gain = INT8_MAX // max(int(np.abs(weight.codes).max(initial=0)), 1)
         return source.bits < 8 and float(source.scale * weight.scale.max() / target.scale) / gain > COARSE_UNIT
@@ -265,11 +271,11 @@ class Lowering:
             self._add(IntOp(name, "table", (tensor,), (name,), table=codes), [wide], [self.tensors[tensor].shape])
         return name
 
-    @staticmethod
-    def _native(stage: Stage, source: Affine, target: Affine) -> bool:
+    def _native(self, stage: Stage, source: Affine, target: Affine) -> bool:
         if stage.row.placement is Placement.FIXED:
-            return target == stage.row.fixed and source.bits != 16
-        return stage.anchor.attrs.get("fn") in NATIVE and target.bits == 8 and source.bits <= 8
+            return self.target.fixed_kernels and target == stage.row.fixed and source.bits != 16
+        known_function = stage.anchor.attrs.get("fn") in self.target.functions
+        return known_function and target.bits == 8 and source.bits <= 8
 
     def _function(self, stage: Stage, affine: Affine) -> None:
         """An elementwise function: the native kernel where the row's contract holds, else the exact table."""
@@ -289,6 +295,9 @@ class Lowering:
     def _clamped(self, made: IntOp, affine: Affine, shape: Any, shared: bool) -> None:
         """Add an op, and behind it the clamps that neither saturation nor a fused ReLU gives."""
         shapes = shape if shared else [shape]
+        if self.target.clamps:
+            self._add(made, [affine] * len(shapes), shapes)
+            return
         low = high = None
         if affine.bits < 8 and not shared and not (made.relu and affine.zero_point == affine.qmin):
             low = affine.qmin
@@ -347,10 +356,10 @@ def slope_table(op: Op, source: Affine, target: Affine) -> tuple[np.ndarray, tup
     return target.quantize(results).reshape(-1), slopes.shape
 
 
-def lower(graph: Graph) -> IntegerModel:
-    """The integer model of a quantized model that was read.
+def lower(graph: Graph, target: Target = TFLITE) -> IntegerModel:
+    """The integer model of a quantized model that was read, for a target.
 
     Raises:
         RangeError: a range that the kernels cannot hold, by tensor name.
     """
-    return Lowering(graph).run()
+    return Lowering(graph, target).run()

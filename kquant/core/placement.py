@@ -15,9 +15,10 @@ from kquant.core.affine import Affine
 from kquant.core.config import Entry
 from kquant.core.errors import ConfigError, UnsupportedError
 from kquant.core.graph import Graph, Op
-from kquant.core.int8_spec import Placement, row_of
+from kquant.core.int8_spec import Placement
 from kquant.core.plan import Plan, PlanRow, Site, Spec, WeightSpec
 from kquant.core.stages import Stage, stages
+from kquant.core.target import TFLITE, Target
 
 NON_NEGATIVE = frozenset({"relu", "softplus", "hard_sigmoid", "exponential", "squareplus"})
 NON_NEGATIVE |= {f"keras.ops.{name}" for name in ("Abs", "Square", "Exp", "Softplus", "HardSigmoid", "Sqrt")}
@@ -44,11 +45,10 @@ class _Need:
 class Placer:
     """Makes a plan for one graph. Use `place`."""
 
-    def __init__(self, graph: Graph, entries: Mapping[str, Entry | None]):
-        self.graph = graph
-        self.entries = entries
+    def __init__(self, graph: Graph, entries: Mapping[str, Entry | None], target: Target):
+        self.graph, self.entries, self.target = graph, entries, target
         self.producers = graph.producers()
-        self.stages = stages(graph, self._not_excluded)
+        self.stages = stages(graph, self._not_excluded, target)
         self.parent: dict[str, str] = {}
         self.needs: dict[str, _Need] = {}
         self.sites: list[tuple[tuple[Any, ...], str, bool]] = []  # (place, tensor of the class, observes)
@@ -339,7 +339,7 @@ class Placer:
         for op in self.graph.ops:
             if op.id not in self.integer:
                 continue
-            for index in row_of(op.kind).symmetric_inputs:
+            for index in self.target.row(op.kind).symmetric_inputs:
                 tensor = self._operand(op, index)
                 if tensor not in self.parent or self._need(tensor).bits == 16:
                     continue
@@ -374,22 +374,23 @@ class Placer:
         """Tensors that are model outputs, directly or through ops that keep the scale."""
         reached = set(self.graph.outputs)
         for op in reversed(self.graph.ops):
-            row = row_of(op.kind)
+            row = self.target.row(op.kind)
             keeps = row.placement in (Placement.SHARED, Placement.IDENTITY)
             if keeps and op.kind != "relu" and reached & set(op.outputs):
                 reached.update(op.inputs)
         return reached
 
 
-def place(graph: Graph, entries: Mapping[str, Entry | None]) -> Plan:
+def place(graph: Graph, entries: Mapping[str, Entry | None], target: Target = TFLITE) -> Plan:
     """Decide the quantization of every tensor of a graph.
 
     Args:
         graph: the model that was read.
         entries: for every op id, the config entry that matches it (the last one), or None.
+        target: where the model is to run.
 
     Raises:
         ConfigError: entries that contradict each other.
         UnsupportedError: a matched op that has no integer form.
     """
-    return Placer(graph, entries).place()
+    return Placer(graph, entries, target).place()

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kquant.core.graph import Graph, Op
-from kquant.core.int8_spec import Row, row_of
+from kquant.core.int8_spec import Row
+from kquant.core.target import TFLITE, Target
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Stage:
         relu: the ReLU family op fused into its output.
         ops: all of these and the identity ops between them, in order.
         output: the tensor after the last of them (for an anchor with one output).
+        row: the anchor's row in the target's table.
     """
 
     anchor: Op
@@ -26,34 +28,30 @@ class Stage:
     relu: Op | None
     ops: tuple[Op, ...]
     output: str
-
-    @property
-    def row(self) -> Row:
-        """The anchor's row."""
-        return row_of(self.anchor.kind)
+    row: Row
 
 
-def stages(graph: Graph, may_fuse: Callable[[Op], bool] = lambda op: True) -> list[Stage]:
+def stages(graph: Graph, may_fuse: Callable[[Op], bool] = lambda op: True, target: Target = TFLITE) -> list[Stage]:
     """Group the ops of a graph into stages, in topological order of their anchors.
 
     A batch norm or an activation joins the op before it if it is that op's only reader, is not cut off by a model
-    output, and `may_fuse` allows it. Identity ops (dropout) in between do not separate them.
+    output, and `may_fuse` allows it. A batch norm must also scale the axis of the kernel's output channels, where the
+    front end states the axes. Identity ops (dropout) in between do not separate them.
     """
     consumers = graph.consumers()
     taken: set[str] = set()
     found = []
     for op in graph.ops:
         if op.id not in taken:
-            stage = _grow(op, graph, consumers, may_fuse)
+            stage = _grow(op, target.row(op.kind), graph, consumers, may_fuse)
             taken.update(o.id for o in stage.ops)
             found.append(stage)
     return found
 
 
 def _grow(
-    anchor: Op, graph: Graph, consumers: dict[str, list[tuple[Op, int]]], may_fuse: Callable[[Op], bool]
+    anchor: Op, row: Row, graph: Graph, consumers: dict[str, list[tuple[Op, int]]], may_fuse: Callable[[Op], bool]
 ) -> Stage:
-    row = row_of(anchor.kind)
     parts: dict[str, Op] = {}
     ops, pending = [anchor], []
     output = tensor = anchor.outputs[0]
@@ -67,20 +65,20 @@ def _grow(
             pending.append(nxt)
             tensor = nxt.output
             continue
-        role = _role(row, nxt, parts)
+        role = _role(row, anchor, nxt, parts)
         if role is None or not may_fuse(nxt):
             break
         parts[role] = nxt
         ops += [*pending, nxt]
         pending, output = [], nxt.output
         tensor = output
-    return Stage(anchor, parts.get("norm"), parts.get("relu"), tuple(ops), output)
+    return Stage(anchor, parts.get("norm"), parts.get("relu"), tuple(ops), output, row)
 
 
-def _role(row: Row, nxt: Op, parts: dict[str, Op]) -> str | None:
+def _role(row: Row, anchor: Op, nxt: Op, parts: dict[str, Op]) -> str | None:
     """What `nxt` would be in the stage: `norm`, `relu`, or None if it cannot join."""
     if nxt.kind == "channel_affine" and row.fuses_norm and "norm" not in parts:
-        return "norm"
+        return "norm" if nxt.attrs.get("axis") == anchor.attrs.get("channel_axis") else None
     if nxt.kind == "relu" and row.fuses_relu:
         return "relu"
     return None

@@ -7,6 +7,7 @@ import numpy as np
 from kquant.core.fold import scale_floor
 from kquant.core.graph import Op
 from kquant.core.integer import IntegerModel, IntOp
+from kquant.core.target import TFLITE
 from kquant.tflite.flatbuffer import FileModel, FileTensor
 
 WEIGHT_TOLERANCE = 2e-6  # relative, on code * scale: the float32 scale and the float32 batch norm factor
@@ -87,7 +88,8 @@ def _compare_weights(op: IntOp, tensors: dict[str, FileTensor], model: IntegerMo
     # scale does not tell: its codes may be spread, with the scale divided by as much.
     target = model.tensors[op.outputs[0]].affine
     largest = np.abs(want).max(axis=0)
-    floor = np.zeros(scale.size) if source is None else scale_floor(want_bias, largest, source, target)
+    holds = TFLITE.accumulator
+    floor = np.zeros(scale.size) if source is None else scale_floor(want_bias, largest, source, target, holds)
     slack = WEIGHT_TOLERANCE * np.abs(want) + np.where(op.weight.scale <= floor * 1.001, 0.5 * floor, 0.0)
     error = np.abs(codes * scale - want) - slack - 1e-30
     tiny = (

@@ -11,7 +11,9 @@ from kquant.core.affine import Affine, bias_codes
 from kquant.core.errors import ModelError, RangeError
 from kquant.core.fold import fold
 from kquant.core.graph import Graph, Op, Tensor, Weight
+from kquant.core.integer import IntWeight
 from kquant.core.stages import Stage, stages
+from kquant.core.target import TFLITE, Accumulator
 from kquant.core.weights import Symmetric
 
 F32 = np.float32
@@ -41,6 +43,10 @@ def dense(
     return stage
 
 
+def folded(stage: Stage, source: Affine, target: Affine) -> IntWeight:
+    return fold(stage, source, target, TFLITE.accumulator)
+
+
 def kernel(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(6, CHANNELS)).astype(F32)
 
@@ -53,7 +59,7 @@ def test_batch_norm_goes_into_scale_and_bias_and_leaves_the_codes(seed, factor):
     rng = np.random.default_rng(seed)
     w, bias, offset = kernel(seed), rng.normal(size=CHANNELS), rng.normal(size=CHANNELS)
     factor = np.array(factor, F32)
-    plain, normed = fold(dense(w, bias), SOURCE, TARGET), fold(dense(w, bias, factor, offset), SOURCE, TARGET)
+    plain, normed = folded(dense(w, bias), SOURCE, TARGET), folded(dense(w, bias, factor, offset), SOURCE, TARGET)
     np.testing.assert_array_equal(normed.codes, plain.codes * np.sign(factor).astype(np.int8))
     np.testing.assert_allclose(normed.scale, plain.scale * np.abs(factor), rtol=1e-6)
     np.testing.assert_allclose(normed.bias, bias * factor + offset, rtol=1e-5, atol=1e-6)
@@ -67,7 +73,7 @@ def test_batch_norm_goes_into_scale_and_bias_and_leaves_the_codes(seed, factor):
 @pytest.mark.parametrize("gamma", [0.0, -0.0, 1e-30])
 def test_gamma_of_zero_leaves_the_offset_alone(gamma):
     offset = np.array([0.5, -1.0, 0.0, 3.0])
-    made = fold(dense(kernel(), np.ones(CHANNELS), np.full(CHANNELS, gamma), offset), SOURCE, TARGET)
+    made = folded(dense(kernel(), np.ones(CHANNELS), np.full(CHANNELS, gamma), offset), SOURCE, TARGET)
     assert not made.codes.any()
     assert (made.scale > 0).all()
     assert_bias_exact(made.bias, made.scale, offset)
@@ -88,7 +94,7 @@ def assert_bias_exact(bias: np.ndarray, scale: np.ndarray, want: np.ndarray) -> 
 )
 def test_dead_channels_with_large_biases_fit_int32(magnitude, bias):
     w = kernel() * np.array(magnitude, F32)
-    made = fold(dense(w, np.array(bias)), SOURCE, TARGET)
+    made = folded(dense(w, np.array(bias)), SOURCE, TARGET)
     codes, _ = bias_codes(made.bias, SOURCE, made.scale)
     exact = made.bias / (np.float64(SOURCE.scale) * made.scale.astype(np.float64))
     assert np.abs(codes - exact).max() <= 0.5 + 1e-6
@@ -101,19 +107,27 @@ def test_dead_channels_with_large_biases_fit_int32(magnitude, bias):
 
 def test_ordinary_channels_keep_their_scale_beside_dead_ones():
     w = kernel()
-    alone = fold(dense(w, np.zeros(CHANNELS)), SOURCE, TARGET)
+    alone = folded(dense(w, np.zeros(CHANNELS)), SOURCE, TARGET)
     w[:, 0] = 0
-    beside = fold(dense(w, np.array([1e6, 0, 0, 0])), SOURCE, TARGET)
+    beside = folded(dense(w, np.array([1e6, 0, 0, 0])), SOURCE, TARGET)
     np.testing.assert_array_equal(beside.codes[:, 1:], alone.codes[:, 1:])
     np.testing.assert_array_equal(beside.scale[1:], alone.scale[1:])
 
 
 def test_weights_that_are_not_finite_are_refused_by_layer():
     with pytest.raises(ModelError, match=r"layer 'd'.*bias.*NaN"):
-        fold(dense(kernel(), np.array([0, np.nan, 0, 0])), SOURCE, TARGET)
+        folded(dense(kernel(), np.array([0, np.nan, 0, 0])), SOURCE, TARGET)
 
 
 def test_a_multiplier_that_the_kernel_cannot_hold_is_refused_by_tensor():
     tiny = Affine.of_range(F32(-1e-6), F32(1e-6), 8)
     with pytest.raises(RangeError, match=r"tensor 'd'.*ratio.*Received"):
-        fold(dense(1000 * kernel(), np.zeros(CHANNELS)), SOURCE, tiny)
+        folded(dense(1000 * kernel(), np.zeros(CHANNELS)), SOURCE, tiny)
+
+
+def test_a_float_bias_leaves_the_scale_of_a_channel_alone():
+    w = kernel()
+    w[:, 0] *= 1e-9  # with an int32 bias of 3 this channel would be coded anew
+    made = fold(dense(w, np.full(CHANNELS, 3.0)), SOURCE, TARGET, Accumulator())
+    np.testing.assert_allclose(made.scale, np.abs(w).max(axis=0) / 127, rtol=1e-6)
+    assert folded(dense(w, np.full(CHANNELS, 3.0)), SOURCE, TARGET).scale[0] > 1e3 * made.scale[0]
