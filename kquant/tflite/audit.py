@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from kquant.core.errors import ArtifactError
+from kquant.core.files import read_bytes
 from kquant.core.reports import AuditOp, AuditReport, FloatOp
 from kquant.tflite.flatbuffer import RAW_BITS, FileModel, FileOp, FileTensor, decode_all
-from kquant.tflite.reader import read_bytes
 from kquant.tflite.versions import least_runtime
 
 FLOATS = {"float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"}

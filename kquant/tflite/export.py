@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from kquant.core.errors import ExportError, ModelError
+from kquant.core.files import save
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel
 from kquant.core.lower import lower
@@ -16,7 +17,7 @@ from kquant.tflite import emit_linear, emit_shapes, islands  # noqa: F401  enter
 from kquant.tflite.audit import audit_bytes
 from kquant.tflite.boundary import with_boundary
 from kquant.tflite.emit import Emitter
-from kquant.tflite.flatbuffer import encode, save
+from kquant.tflite.flatbuffer import encode
 
 WEIGHTS_ONLY = "kquant, weights only"
 

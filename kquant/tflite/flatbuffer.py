@@ -1,4 +1,4 @@
-"""A `.tflite` file as plain data: `decode` reads one, `encode` writes one, `save` puts it on disk.
+"""A `.tflite` file as plain data: `decode` reads one, `encode` writes one.
 
 Source: the schema, tensorflow/lite/schema/schema.fbs. Its generated Python classes come with LiteRT and TensorFlow and
 are imported when first used, so that importing kquant imports no framework.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import struct
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -335,35 +332,6 @@ def _signature_out(model: FileModel) -> list[Any] | None:
             raise ExportError(f"signature {side}s", f"{len(indices)} different names", list(names))
     maps = [[s.TensorMapT(name=n, tensorIndex=i) for i, n in zip(idx, names, strict=True)] for idx, names, _ in sides]
     return [s.SignatureDefT(inputs=maps[0], outputs=maps[1], signatureKey=SIGNATURE_KEY, subgraphIndex=0)]
-
-
-def save(data: bytes, path: str | os.PathLike[str]) -> None:
-    """Write a file whole or not at all: into a temporary file beside it, which then takes its name.
-
-    Raises:
-        ExportError: the folder is missing or not writable, the path is a directory, the disk is full.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a directory")
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)  # mkstemp makes private files; give this one the rights an ordinary new file gets
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException as e:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-        if not isinstance(e, OSError):
-            raise
-        fix = "Give the path of a file in an existing folder that you may write to"
-        raise ExportError(f"file {str(path)!r}", "it could not be written", e, fix) from e
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

@@ -7,7 +7,6 @@ elements visited in all are bounded by the size of the file, so that no file mak
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import numpy as np
@@ -233,17 +232,3 @@ class Reader:
         if zero_point is None or not zero_point.size:
             zero_point = np.zeros(scale.size, np.int64)
         return scale.astype(np.float32), zero_point.astype(np.int64), table.QuantizedDimension()
-
-
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of an artifact's file.
-
-    Raises:
-        ArtifactError: there is no such file, it is a folder, or it may not be read.
-    """
-    where = f"artifact {os.fspath(path)!r}"
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as e:  # ValueError: a null character in the path
-        raise ArtifactError(where, "it must be a readable file", e, "Give the path of an exported file") from e

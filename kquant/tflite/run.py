@@ -16,8 +16,8 @@ import numpy as np
 
 from kquant.core.affine import round_half_up
 from kquant.core.errors import ArtifactError, nearest
+from kquant.core.files import read_bytes
 from kquant.tflite.flatbuffer import RAW_BITS, FileModel, FileTensor, decode, encode
-from kquant.tflite.reader import read_bytes
 
 Outputs = np.ndarray | list[np.ndarray] | dict[str, np.ndarray]
 # Kernel sets by our names; the values are members of LiteRT's OpResolverType.

@@ -15,6 +15,7 @@ import numpy as np
 from kquant.core.affine import bias_error
 from kquant.core.calibration import batches
 from kquant.core.errors import ArtifactError
+from kquant.core.files import read_bytes
 from kquant.core.graph import Graph, Op, walk
 from kquant.core.int8_spec import INT4_MEAN, row_of
 from kquant.core.integer import IntegerModel, IntOp
@@ -23,7 +24,6 @@ from kquant.core.parity import MEAN_ERROR_LIMIT, TIE, OpTally, ParityReport, snr
 from kquant.core.weights_only import weights_only, without_activation_quantizers
 from kquant.tflite.export import WEIGHTS_ONLY, check_ranges, quantized_graph
 from kquant.tflite.flatbuffer import FileModel, decode
-from kquant.tflite.reader import read_bytes
 from kquant.tflite.run import Artifact, run_all
 from kquant.tflite.verify_weights import compare_parameters
 

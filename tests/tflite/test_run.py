@@ -5,7 +5,8 @@ import pytest
 from tflite_models import C, X, Y, affine, conv_add, exact_conv, exact_fc, exact_sum, fc_int4, quantize, two_inputs
 
 from kquant.core.errors import ArtifactError
-from kquant.tflite.flatbuffer import FileModel, FileOp, FileTensor, encode, save
+from kquant.core.files import save
+from kquant.tflite.flatbuffer import FileModel, FileOp, FileTensor, encode
 from kquant.tflite.run import LARGEST_BATCH, Artifact, load_artifact, run_all
 
 # Steps beyond the half of exact rounding (KERNELS.md). XNNPACK's conv multiplies by a float32, which moves a tie only.
