@@ -15,7 +15,7 @@ from kquant.core.reports import ExportReport
 from kquant.core.weights_only import weights_only as weights_only_form
 from kquant.tflite import emit_linear, emit_shapes, islands  # noqa: F401  entering their lowering functions
 from kquant.tflite.audit import audit_bytes
-from kquant.tflite.boundary import with_boundary
+from kquant.core.boundary import with_boundary
 from kquant.tflite.emit import Emitter
 from kquant.tflite.flatbuffer import encode
 

@@ -1,0 +1,133 @@
+"""TorchScript for ops with weights: plain int8 kernels in the file, prepacked for oneDNN when it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kquant.core.integer import IntOp, IntWeight
+from kquant_torch.emit import Emitter, literal, writes
+
+
+def post_op(e: Emitter, op: IntOp) -> list[str]:
+    """The kernel's fused activation `attr, scalars`: what its own saturation to uint8 does not do."""
+    (low, high), (scale, zero_point) = e.bounds(op), e.grid(op.outputs[0])
+    limits: list[float] = []
+    name = "none"
+    if high < 255 or low not in (0, zero_point):
+        name, limits = "hardtanh", [(low - zero_point) * scale, (high - zero_point) * scale]
+    elif low > 0:
+        name = "relu"
+    return [literal(name), f"annotate(List[Optional[number]], {literal(limits)})"]
+
+
+def arrays(e: Emitter, op: IntOp, codes: np.ndarray) -> tuple[str, list[str]]:
+    """The kernel's codes in the file, and the arguments scale, zero point and bias that go with them."""
+    weight = op.weight
+    assert weight is not None
+    kernel = e.array(f"{op.id}/kernel", codes)
+    scale = e.array(f"{op.id}/scale", weight.scale)
+    if "zero" not in e.arrays:
+        e.arrays["zero"] = np.zeros(1, np.int64)
+    return kernel, [scale, "self.zero", e.array(f"{op.id}/bias", weight.bias.astype(np.float32))]
+
+
+def packed(e: Emitter, op: IntOp, expression: str) -> str:
+    """A prepacked kernel, made when the file is loaded."""
+    name = e.fresh(f"{op.id}/packed")
+    e.packed[name] = expression
+    return f"self.{name}"
+
+
+def convolution(
+    e: Emitter, op: IntOp, source: list[str], codes: np.ndarray, stride: Any, padding: Any, dilation: Any, groups: int
+) -> str:
+    """One convolution kernel over `source` (value, scale, zero point)."""
+    kernel, rest = arrays(e, op, codes)
+    window = [literal(list(v)) for v in (stride, padding, dilation)] + [literal(groups)]
+    prepack = ", ".join([kernel, rest[0], *source[1:], *window])
+    made = packed(e, op, f"ops.onednn.qconv_prepack({prepack})")
+    target = list(map(literal, e.grid(op.outputs[0])))
+    arguments = [*source, made, *rest, *window, *target, "0", *post_op(e, op), '""']
+    return f"ops.onednn.qconv_pointwise({', '.join(arguments)})"
+
+
+@writes("conv2d")
+def _conv(e: Emitter, op: IntOp) -> str:
+    assert op.weight is not None
+    a = op.attrs
+    return convolution(
+        e, op, e.read(op.inputs[0]), op.weight.codes, a["stride"], a["padding"], a["dilation"], a["groups"]
+    )
+
+
+@writes("conv2d_transpose")
+def _transposed(e: Emitter, op: IntOp) -> str:
+    """An ordinary convolution with the mirrored kernel over the input with `stride - 1` zeros between its elements."""
+    assert op.weight is not None
+    a, rank = op.attrs, op.attrs["rank"]
+    codes = op.weight.codes if a["groups"] > 1 else op.weight.codes[None]  # (groups, in, out, *window)
+    window = codes.shape[3:]
+    codes = np.flip(codes.swapaxes(1, 2), tuple(range(3, 3 + rank))).reshape(-1, codes.shape[1], *window)
+    reach = [d * (k - 1) - p for d, k, p in zip(a["dilation"], window, a["padding"], strict=True)]
+    after = [r + o for r, o in zip(reach, a["output_padding"], strict=True)]
+    source = e.read(op.inputs[0])
+    grown = [max(r, 0) for r in reach], [max(r, 0) for r in after]
+    wide = e.call("spread", source[0], source[2], list(a["stride"]), *grown)
+    for axis, (first, last) in enumerate(zip(reach, after, strict=True)):
+        if first < 0 or last < 0:  # more padding than the kernel reaches: the border is cut off
+            end = "None" if last >= 0 else literal(last)
+            wide = f"torch.slice({wide}, {axis + 2}, {max(-first, 0)}, {end}, 1)"
+    ones = [1] * rank
+    return convolution(
+        e, op, [wide, *source[1:]], np.ascontiguousarray(codes), ones, [0] * rank, a["dilation"], a["groups"]
+    )
+
+
+@writes("dense")
+def _dense(e: Emitter, op: IntOp) -> str:
+    assert op.weight is not None
+    kernel, rest = arrays(e, op, op.weight.codes)
+    made = packed(e, op, f"ops.onednn.qlinear_prepack({kernel}, None)")
+    target = list(map(literal, e.grid(op.outputs[0])))
+    arguments = [*e.read(op.inputs[0]), made, *rest, *target, "0", *post_op(e, op), '""']
+    return f"ops.onednn.qlinear_pointwise({', '.join(arguments)})"
+
+
+@writes("channel_affine")
+def _channel_affine(e: Emitter, op: IntOp) -> str:
+    """A 1x1 depthwise kernel with one code per channel; the factor is its scale."""
+    assert op.weight is not None
+    codes, source = op.weight.codes.reshape(-1, 1, 1, 1), e.read(op.inputs[0])
+    axis, channels = op.attrs["axis"], op.weight.codes.size
+    if e.rank(op.inputs[0]) == 4 and axis == 1:
+        return convolution(e, op, source, codes, (1, 1), (0, 0), (1, 1), channels)
+    kernel, rest = arrays(e, op, codes)
+    made = packed(
+        e,
+        op,
+        f"ops.onednn.qconv_prepack({kernel}, {rest[0]}, {', '.join(source[1:])}, [1, 1], [0, 0], [1, 1], {channels})",
+    )
+    return e.call("channel_affine", *source, made, *rest, *e.grid(op.outputs[0]), *post_op(e, op), axis)
+
+
+@writes("avg_pool2d")
+def _average(e: Emitter, op: IntOp) -> str:
+    """A depthwise kernel of ones whose scale divides by the size of the window."""
+    a = op.attrs
+    channels = int(e.model.tensors[op.inputs[0]].shape[1])
+    count = int(np.prod(a["kernel_size"]))
+    codes = np.ones((channels, 1, *a["kernel_size"]), np.int8)
+    scale = np.full(channels, 1.0 / count, np.float32)
+    made = IntOp(**{**vars(op), "weight": IntWeight(codes, scale, 8, np.zeros(channels))})
+    ones = [1] * a["rank"]
+    return convolution(e, made, e.read(op.inputs[0]), codes, a["stride"], a["padding"], ones, channels)
+
+
+@writes("embedding")
+def _embedding(e: Emitter, op: IntOp) -> str:
+    table = e.array(f"{op.id}/table", e.unsigned(op.attrs["constant"]))
+    ids = e.name(op.inputs[0])
+    found = f"torch.index_select({table}, 0, torch.reshape({ids}, [-1]))"
+    return f"torch.reshape({found}, torch.add(torch.size({ids}), {literal([op.attrs['constant'].shape[1]])}))"

@@ -1,0 +1,76 @@
+"""The integer kernels of PyTorch on x86 CPUs as a table: one row per op kind, beside the measurement it rests on.
+
+Placement is TFLite's, so a model has the same ranges and codes in every artifact; a row here says what computes it. All
+were measured in torch 2.13 on AVX512-VNNI and with ONEDNN_MAX_CPU_ISA=AVX2, on random codes of all values and many
+scales, against the exact result: none is off by more than perfect rounding (0.5 codes) and the last bit of a float32 or
+of an integer factor, which `EXACT` covers. `tests/torch/test_kernels.py` repeats it.
+
+What torch offers and this table does not use, measured as well: `onednn::qadd` and `qmul` give wrong values nearly
+everywhere; `onednn::qlinear_pointwise` with a weight that was not prepacked ends the process; bilinear interpolation of
+uint8 is up to 0.97 codes off; without VNNI, 16-bit sums of pairs saturate where a weight is beyond +-63.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kquant.core.int8_spec import EXACT, ROWS, Row
+from kquant.core.target import Accumulator, Target
+
+PORTABLE = 64  # the largest weight code with which 255 * code + 255 * code stays within int16, on CPUs without VNNI
+
+# Op kind: what computes it. `kquant::` functions are those of `kquant_torch.runtime`, integer throughout.
+KERNELS: dict[str, str] = {
+    # u8 x s8 with int32 sums, then float32: real scale and bias, clamp, rounding half to even.
+    "conv2d": "onednn::qconv_pointwise",
+    "conv2d_transpose": "onednn::qconv_pointwise",  # behind kquant::spread
+    "channel_affine": "onednn::qconv_pointwise",
+    "avg_pool2d": "onednn::qconv_pointwise",  # a kernel of ones
+    "dense": "onednn::qlinear_pointwise",
+    # Faster for small images than an identity kernel with the `sum` post-op: 25 us against 38 us on 16 x 32 x 32.
+    "add": "kquant::add",
+    "sub": "kquant::add",
+    "mul": "kquant::mul",
+    "batch_matmul": "kquant::matmul",
+    "mean": "kquant::mean",
+    "sum": "kquant::sum",
+    "softmax": "kquant::softmax",
+    # Exact by construction: a code is moved, compared or looked up.
+    "embedding": "aten::index_select",
+    "elementwise": "kquant::lookup",
+    "prelu": "kquant::lookup_by_slope",
+    "sigmoid": "kquant::lookup",
+    "tanh": "kquant::lookup",
+    "relu": "aten::clamp",
+    "max_pool2d": "quantized::max_pool2d",
+    "concat": "aten::cat",
+    "maximum": "aten::maximum",
+    "minimum": "aten::minimum",
+    "reduce_max": "aten::amax",
+    "reduce_min": "aten::amin",
+    "reshape": "aten::reshape",
+    "transpose": "aten::permute",
+    "pad": "aten::constant_pad_nd",
+    "mirror_pad": "aten::reflection_pad2d",
+    "strided_slice": "aten::slice",
+    "gather": "aten::index_select",
+    "tile": "aten::repeat",
+    "resize_nearest": "aten::upsample_nearest2d",
+}
+
+
+def _row(kind: str, kernel: str) -> Row:
+    """TFLite's placement of the kind with this target's kernel: no int4 and no 16 bits."""
+    plain = {"version": 1, "version16": 0, "options": "", "int4": False, "int16": False, "bound": EXACT}
+    return replace(ROWS[kind], target=kernel, **plain)
+
+
+ONEDNN = Target(
+    name="onednn",
+    rows={kind: _row(kind, kernel) for kind, kernel in KERNELS.items()} | {"identity": ROWS["identity"]},
+    functions=frozenset(),
+    fixed_kernels=False,
+    requantize_by_kernel=False,
+    clamps=True,
+    accumulator=Accumulator(),
+)

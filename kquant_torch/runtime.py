@@ -1,0 +1,140 @@
+"""The functions that an artifact brings along, in TorchScript: integer arithmetic where torch has no integer kernel.
+
+Each text goes into the file as it stands here, if the model needs it, so an artifact runs where this project is not
+installed. Codes are uint8, which is the code of the integer model plus 128. Data types are numbers there: 0 is uint8,
+1 int8, 3 int32, 4 int64, 6 float32. Every function takes the scale and zero point of what it reads and writes, turns
+their ratio into an integer factor of 2^-shift, and rounds half up: `(sum * factor + 2^(shift-1)) >> shift`.
+"""
+
+from __future__ import annotations
+
+FUNCTIONS: dict[str, str] = {}
+
+
+def _enter(text: str) -> None:
+    text = text.strip() + "\n"
+    FUNCTIONS[text[len("def ") : text.index("(")]] = text
+
+
+# floor(x / scale + 0.5) + zero_point: the conversion to uint8 cuts off the fraction of a number that is not negative.
+_enter("""
+def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+  y = torch.add_(torch.div(x, scale), zero_point + 0.5)
+  return torch.to(torch.clamp_(y, low, high), 0)
+""")
+_enter("""
+def dequantize(x: Tensor, x_scale: float, x_zero_point: int) -> Tensor:
+  return torch.mul(torch.sub(torch.to(x, 3), x_zero_point), x_scale)
+""")
+# At most 255 * |factor| of either operand: `shift` keeps their sum within int32 (`emit.shift_for`).
+_enter("""
+def add(
+    a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, b_scale: float, b_zero_point: int, scale: float,
+    zero_point: int, low: int, high: int, sign: int, shift: int) -> Tensor:
+  unit = float(1 << shift) / scale
+  a_factor = int(round(a_scale * unit))
+  b_factor = int(round(b_scale * unit)) * sign
+  offset = (zero_point << shift) + (1 << (shift - 1)) - a_zero_point * a_factor - b_zero_point * b_factor
+  y = torch.mul_(torch.to(a, 3), a_factor)
+  y = torch.add_(torch.add(y, torch.to(b, 3), alpha=b_factor), offset)
+  return torch.to(torch.clamp_(torch.bitwise_right_shift_(y, shift), low, high), 0)
+""")
+# The product is below 2^16 and the factor at most 2^14 (`emit.shift_for`).
+_enter("""
+def mul(
+    a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, b_scale: float, b_zero_point: int, scale: float,
+    zero_point: int, low: int, high: int, shift: int) -> Tensor:
+  factor = int(round(a_scale * b_scale / scale * float(1 << shift)))
+  y = torch.mul(torch.sub(torch.to(a, 3), a_zero_point), torch.sub(torch.to(b, 3), b_zero_point))
+  y = torch.add_(torch.mul_(y, factor), (zero_point << shift) + (1 << (shift - 1)))
+  return torch.to(torch.clamp_(torch.bitwise_right_shift_(y, shift), low, high), 0)
+""")
+# The sum is exact in int32 up to 2^23 values; the factor of 2^-32 is exact to 2^-17 of the mean's own code.
+_enter("""
+def mean(
+    x: Tensor, x_scale: float, x_zero_point: int, scale: float, zero_point: int, low: int, high: int,
+    dim: List[int], keepdim: bool) -> Tensor:
+  total = torch.sum(x, dim, keepdim, dtype=3)
+  count = torch.floordiv(torch.numel(x), torch.numel(total))
+  factor = int(round(x_scale / (scale * float(count)) * 4294967296.0))
+  y = torch.mul_(torch.sub(torch.to(total, 4), count * x_zero_point), factor)
+  y = torch.bitwise_right_shift_(torch.add_(y, 2147483648), 32)
+  return torch.to(torch.clamp_(torch.add_(y, zero_point), low, high), 0)
+""")
+_enter("""
+def sum(
+    x: Tensor, x_scale: float, x_zero_point: int, scale: float, zero_point: int, low: int, high: int,
+    dim: List[int], keepdim: bool, shift: int) -> Tensor:
+  total = torch.sum(x, dim, keepdim, dtype=3)
+  count = torch.floordiv(torch.numel(x), torch.numel(total))
+  factor = int(round(x_scale / scale * float(1 << shift)))
+  y = torch.mul_(torch.sub(torch.to(total, 4), count * x_zero_point), factor)
+  y = torch.bitwise_right_shift_(torch.add_(y, 1 << (shift - 1)), shift)
+  return torch.to(torch.clamp_(torch.add_(y, zero_point), low, high), 0)
+""")
+# Over the last axis of a channels_last image, so that the result lies in memory as its input does.
+_enter("""
+def lookup(x: Tensor, table: Tensor) -> Tensor:
+  if torch.eq(torch.dim(x), 4):
+    y = torch.permute(x, [0, 2, 3, 1])
+    index = torch.reshape(torch.to(y, 3), [-1])
+    found = torch.reshape(torch.index_select(table, 0, index), torch.size(y))
+    result = torch.permute(found, [0, 3, 1, 2])
+  else:
+    index0 = torch.reshape(torch.to(x, 3), [-1])
+    result = torch.reshape(torch.index_select(table, 0, index0), torch.size(x))
+  return result
+""")
+# `table` holds one table per slope, `start` where each begins, in a shape that broadcasts against x.
+_enter("""
+def lookup_by_slope(x: Tensor, table: Tensor, start: Tensor) -> Tensor:
+  index = torch.add(torch.to(x, 3), start)
+  return torch.reshape(torch.index_select(table, 0, torch.reshape(index, [-1])), torch.size(x))
+""")
+# `table[d]` is exp(-d * scale) in units of 2^-23: 256 e / sum(e), rounded half up, by integer division.
+_enter("""
+def softmax(x: Tensor, table: Tensor, dim: int) -> Tensor:
+  distance = torch.to(torch.sub(torch.amax(x, [dim], True), x), 3)
+  e = torch.reshape(torch.index_select(table, 0, torch.reshape(distance, [-1])), torch.size(x))
+  total = torch.sum(e, [dim], True)
+  code = torch.floor_divide(torch.add(torch.mul(e, 512), total), torch.mul(total, 2))
+  return torch.to(torch.clamp_(code, 0, 255), 0)
+""")
+# One factor per channel along an axis: a depthwise kernel over an image of one row.
+_enter("""
+def channel_affine(
+    x: Tensor, x_scale: float, x_zero_point: int, kernel: Tensor, kernel_scale: Tensor, zero: Tensor, bias: Tensor,
+    output_scale: float, output_zero_point: int, attr: str, scalars: List[Optional[number]], axis: int) -> Tensor:
+  y = torch.movedim(x, axis, -1)
+  channels = torch.size(y, -1)
+  flat = torch.permute(torch.reshape(y, [1, 1, -1, channels]), [0, 3, 1, 2])
+  z = ops.onednn.qconv_pointwise(
+    flat, x_scale, x_zero_point, kernel, kernel_scale, zero, bias, [1, 1], [0, 0], [1, 1], channels,
+    output_scale, output_zero_point, 0, attr, scalars, "")
+  return torch.movedim(torch.reshape(torch.permute(z, [0, 2, 3, 1]), torch.size(y)), -1, axis)
+""")
+# Zeros between the elements, which are zero points: what turns a transposed convolution into an ordinary one.
+_enter("""
+def spread(x: Tensor, x_zero_point: int, stride: List[int], before: List[int], after: List[int]) -> Tensor:
+  size = torch.size(x)
+  wide = annotate(List[int], [size[0], size[1]])
+  rank = torch.len(stride)
+  for i in range(rank):
+    _0 = torch.append(wide, (size[i + 2] - 1) * stride[i] + 1 + before[i] + after[i])
+  y = torch.full(wide, x_zero_point, dtype=0)
+  view = y
+  for i0 in range(rank):
+    view = torch.slice(view, i0 + 2, before[i0], before[i0] + (size[i0 + 2] - 1) * stride[i0] + 1, stride[i0])
+  _1 = torch.copy_(view, x)
+  return y
+""")
+# (a - a_zero_point) @ (b - b_zero_point) in int32, then a factor in int64.
+_enter("""
+def matmul(
+    a: Tensor, a_scale: float, a_zero_point: int, b: Tensor, b_scale: float, b_zero_point: int, scale: float,
+    zero_point: int, low: int, high: int, shift: int) -> Tensor:
+  factor = int(round(a_scale * b_scale / scale * float(1 << shift)))
+  product = torch.matmul(torch.sub(torch.to(a, 3), a_zero_point), torch.sub(torch.to(b, 3), b_zero_point))
+  y = torch.add_(torch.mul_(torch.to(product, 4), factor), 1 << (shift - 1))
+  return torch.to(torch.clamp_(torch.add_(torch.bitwise_right_shift_(y, shift), zero_point), low, high), 0)
+""")
