@@ -6,16 +6,17 @@ import os
 import time
 from typing import Any
 
+from kquant.core.boundary import with_boundary
 from kquant.core.errors import ExportError, ModelError
 from kquant.core.files import save
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel
 from kquant.core.lower import lower
+from kquant.core.ready import check_integer, check_ranges, check_started
 from kquant.core.reports import ExportReport
 from kquant.core.weights_only import weights_only as weights_only_form
 from kquant.tflite import emit_linear, emit_shapes, islands  # noqa: F401  entering their lowering functions
 from kquant.tflite.audit import audit_bytes
-from kquant.core.boundary import with_boundary
 from kquant.tflite.emit import Emitter
 from kquant.tflite.flatbuffer import encode
 
@@ -37,38 +38,6 @@ def quantized_graph(qmodel: Any) -> Graph:
             f"model {graph.name!r}", "a quantized model", "a float model", "Call kquant.quantize_model(model) first"
         )
     return graph
-
-
-def check_ranges(graph: Graph) -> None:
-    """Refuse a model with ranges that were never set.
-
-    Raises:
-        ExportError: naming the tensors.
-    """
-    unset = [op.inputs[0] for op in graph.ops if op.kind == "fake_quant" and not op.attrs["quantizer"].is_set()]
-    if unset:
-        raise ExportError(
-            f"tensors {', '.join(map(repr, unset[:5]))}{' ...' if len(unset) > 5 else ''}",
-            "every activation range must be set before the export",
-            f"{len(unset)} ranges without data",
-            "Pass calibration_data= to quantize_model, or train a step; weights_only=True needs no ranges",
-        )
-
-
-def check_started(graph: Graph) -> None:
-    """Refuse a model whose quantization has not begun: it was trained in float so far.
-
-    Raises:
-        ExportError: naming the layers.
-    """
-    waiting = [op.layer for op in graph.ops if "is_waiting" in op.attrs and op.attrs["is_waiting"]()]
-    if waiting:
-        raise ExportError(
-            f"layers {', '.join(map(repr, waiting[:5]))}{' ...' if len(waiting) > 5 else ''}",
-            "quantization must have begun before the export",
-            "training steps fewer than quant_start_step",
-            "Train past quant_start_step, or leave it out of config_list",
-        )
 
 
 def integer_model(qmodel: Any) -> IntegerModel:
@@ -112,14 +81,8 @@ def export_tflite(
         model, allow_float = weights_only_form(quantized_graph(qmodel)), True
     else:
         model = integer_model(qmodel)
-    if model.floats and not allow_float:
-        listed = "; ".join(f"{name}: {why}" for name, why in list(model.floats.items())[:8])
-        raise ExportError(
-            f"model {model.name!r}",
-            "every op must run in integers",
-            listed,
-            "Add a config entry that matches these ops, or pass allow_float=True",
-        )
+    if not allow_float:
+        check_integer(model)
     description = WEIGHTS_ONLY if weights_only else "kquant"
     data = encode(Emitter(with_boundary(model, input_type, output_type), description).build())
     report = audit_bytes(data, str(path))

@@ -1,9 +1,4 @@
-"""`verify`: does the artifact compute what was trained? Op by op, against the trained model and never against itself.
-
-For each op the artifact's own integer inputs are dequantized, the trained op is run on them in float32, and its result
-is compared with the artifact's output codes before rounding. Weights, biases, scales and zero points in the file are
-compared with the trained ones.
-"""
+"""`verify` for `.tflite` files: every op as in `kquant.core.verification`, and every parameter in the file."""
 
 from __future__ import annotations
 
@@ -14,17 +9,18 @@ import numpy as np
 
 from kquant.core.affine import bias_error
 from kquant.core.calibration import batches
-from kquant.core.errors import ArtifactError
 from kquant.core.files import read_bytes
-from kquant.core.graph import Graph, Op, walk
-from kquant.core.int8_spec import INT4_MEAN, row_of
+from kquant.core.int8_spec import INT4_MEAN
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.lower import lower
-from kquant.core.parity import MEAN_ERROR_LIMIT, TIE, OpTally, ParityReport, snr_db
+from kquant.core.parity import MEAN_ERROR_LIMIT, TIE, ParityReport
+from kquant.core.ready import check_ranges
+from kquant.core.target import TFLITE
+from kquant.core.verification import Verification, check_same
 from kquant.core.weights_only import weights_only, without_activation_quantizers
-from kquant.tflite.export import WEIGHTS_ONLY, check_ranges, quantized_graph
-from kquant.tflite.flatbuffer import FileModel, decode
-from kquant.tflite.run import Artifact, run_all
+from kquant.tflite.export import WEIGHTS_ONLY, quantized_graph
+from kquant.tflite.flatbuffer import decode
+from kquant.tflite.run import run_all
 from kquant.tflite.verify_weights import compare_parameters
 
 
@@ -54,80 +50,32 @@ def verify(qmodel: Any, path: str | os.PathLike, data: Any, *, kernels: str = "d
     else:
         check_ranges(graph)
         model = lower(graph)
-    _check_same(model, file, where)
+    check_same(model, {t.name for t in file.tensors}, where)
     problems, checked = compare_parameters(model, file)
-    run = _Run(graph, model, content, where, kernels)
+    run = Verification(graph, model, TFLITE, _File(model, content, where, kernels))
     for feeds in batches(data, graph):
         run.batch(feeds)
     return run.report(os.fspath(path), problems, checked)
 
 
-def _check_same(model: IntegerModel, file: FileModel, where: str) -> None:
-    """The file must hold every tensor that the model's plan names."""
-    names = {t.name for t in file.tensors}
-    missing = [t for op in model.ops if op.parts for t in op.outputs if t not in names]
-    if missing:
-        raise ArtifactError(
-            where,
-            f"every quantized tensor of model {model.name!r} must be in the file",
-            f"no tensor named {', '.join(map(repr, missing[:4]))}",
-            "Verify with the model that the file was exported from",
-        )
+class _File:
+    """A `.tflite` file for `Verification`."""
 
+    def __init__(self, model: IntegerModel, content: bytes, where: str, kernels: str):
+        self.model, self.content, self.where, self.kernels = model, content, where, kernels
+        self.tensors = {t.name: t for t in decode(content, where).tensors}
 
-class _Run:
-    """Gathers the comparison over batches."""
+    def run(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
+        feeds = values if len(values) > 1 else values[0]
+        return run_all(self.content, feeds, where=self.where, kernels=self.kernels)
 
-    def __init__(self, graph: Graph, model: IntegerModel, content: bytes, where: str, kernels: str):
-        self.graph, self.model, self.content, self.where, self.kernels = graph, model, content, where, kernels
-        self.artifact = Artifact(content, where, kernels=kernels)
-        self.file = decode(content, where)
-        self.affines = {t.name: t for t in self.file.tensors}
-        self.tallies: dict[str, OpTally] = {}
-        self.samples, self.agree, self.ranked = 0, 0, 0
-        self.worst, self.differ, self.values = 0.0, 0, 0
-        self.signal = self.noise = 0.0
-
-    def batch(self, feeds: dict[str, np.ndarray]) -> None:
-        """Compare one batch."""
-        values = [feeds[n] for n in self.graph.inputs]
-        raw = run_all(self.content, values if len(values) > 1 else values[0], where=self.where, kernels=self.kernels)
-        reference = self._float_values(feeds)
-        for op in self.model.ops:
-            if op.parts and op.kind != "float":
-                self._compare(op, raw, reference)
-        self._end_to_end(feeds, values, raw, reference)
-        self.samples += len(values[0])
-
-    def _float_values(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The float model's value of every tensor: quantizers off, float weights."""
-        kept: dict[str, np.ndarray] = {}
-
-        def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
-            if op.kind == "fake_quant":
-                return inputs
-            kept.update({t: np.asarray(v) for t, v in zip(op.outputs, outputs, strict=True)})
-            return None
-
-        walk(self.graph, feeds, visit, float_weights=True)
-        return kept
-
-    def _real(self, tensor: str, raw: dict[str, np.ndarray]) -> np.ndarray | None:
-        """The real values of a tensor of the graph, from the artifact's codes."""
-        constant = self.graph.tensors[tensor].constant
-        if constant is not None:
-            return constant
-        name = self.model.bound[tensor]
-        affine = self.model.tensors[name].affine
-        return raw[name] if affine is None else affine.dequantize(raw[name])
-
-    def _mean_bound(self, op: IntOp) -> float:
-        kernel = self.affines.get(f"{op.id}/kernel") or self.affines.get(f"{op.id}/unclamped/kernel")
+    def mean_bound(self, op: IntOp) -> float:
+        kernel = self.tensors.get(f"{op.id}/kernel") or self.tensors.get(f"{op.id}/unclamped/kernel")
         return INT4_MEAN if kernel is not None and kernel.dtype == "int4" else MEAN_ERROR_LIMIT
 
-    def _bias_slack(self, op: IntOp) -> float:
+    def bias_slack(self, op: IntOp) -> float:
         """What rounding the trained bias to its unit shifts, in output codes, where a kernel's own rounding is less."""
-        bias = self.affines.get(f"{op.id}/bias") or self.affines.get(f"{op.id}/unclamped/bias")
+        bias = self.tensors.get(f"{op.id}/bias") or self.tensors.get(f"{op.id}/unclamped/bias")
         affine = self.model.tensors[op.outputs[0]].affine
         weight = next((o.weight for o in self.model.ops if o.id in (op.id, f"{op.id}/unclamped")), None)
         if bias is None or bias.scale is None or affine is None or weight is None:
@@ -135,88 +83,5 @@ class _Run:
         error = bias_error(weight.bias, bias.scale, affine)
         return error if error > TIE else 0.0
 
-    def _compare(self, op: IntOp, raw: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> None:
-        if op.kind == "quantize" and np.asarray(raw.get(op.inputs[0], 0)).dtype.kind != "f":
-            return  # the boundary takes codes, so nothing was quantized here
-        values: dict[str, Any] = {}
-        for part in op.parts:
-            inputs = [values[t] if t in values else self._real(t, raw) for t in part.inputs]
-            values.update(zip(part.outputs, part.call(inputs), strict=True))
-        last = op.parts[-1]
-        finals = (last.outputs[0], *op.parts[0].outputs[1:])
-        for tensor, name in zip(finals, op.outputs, strict=True):
-            affine = self.model.tensors[name].affine
-            if affine is None:
-                continue
-            bound = row_of(op.kind).bound
-            tally = self.tallies.setdefault(
-                name, OpTally(name, _kind(op), bound, affine, self._bias_slack(op), self._mean_bound(op))
-            )
-            real = _unquantized(last, values[tensor], inputs)
-            tally.compare(raw[name], np.asarray(real))
-            if tensor in reference:
-                tally.against_float(affine.dequantize(raw[name]), reference[tensor])
-
-    def _end_to_end(
-        self, feeds: dict[str, np.ndarray], values: list, raw: dict[str, np.ndarray], reference: dict[str, np.ndarray]
-    ) -> None:
-        trained: dict[str, np.ndarray] = {}
-
-        def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> None:
-            trained.update(
-                {t: np.asarray(v) for t, v in zip(op.outputs, outputs, strict=True) if t in self.graph.outputs}
-            )
-
-        walk(self.graph, feeds, visit)
-        for tensor, name in zip(self.graph.outputs, self.model.outputs, strict=True):
-            affine = self.model.tensors[name].affine
-            if tensor not in trained:
-                continue
-            theirs = trained[tensor]
-            mine = raw[name] if affine is None else affine.dequantize(raw[name])
-            # A float output has no codes: it is measured in steps of 1/127 of its own largest value.
-            step = max(float(np.abs(theirs).max(initial=0.0)) / 127, 1e-30) if affine is None else affine.scale
-            distance = np.abs(mine.astype(np.float64) - theirs) / np.float64(step)
-            self.worst = max(self.worst, float(distance.max(initial=0.0)))
-            self.differ += int((distance >= 0.5).sum())
-            self.values += distance.size
-            if theirs.ndim >= 2 and theirs.shape[-1] > 1:
-                same = mine.argmax(-1) == theirs.argmax(-1)
-                self.agree += int(same.sum())
-                self.ranked += same.size
-            source = self.model_tensor(tensor)
-            if source in reference:
-                self.signal += float((reference[source].astype(np.float64) ** 2).sum())
-                self.noise += float(((mine - reference[source]) ** 2).sum())
-
-    def model_tensor(self, tensor: str) -> str:
-        """The tensor before its fake quantization."""
-        producer = self.graph.producers().get(tensor)
-        return producer.inputs[0] if producer is not None and producer.kind == "fake_quant" else tensor
-
-    def report(self, path: str, problems: list[str], checked: int) -> ParityReport:
-        """The finished report."""
-        rows = [t.row() for t in self.tallies.values()]
-        count = sum(t.count for t in self.tallies.values()) or 1
-        problems = problems + [
-            f"op {r.name!r} ({r.kind}): max_lsb {r.max_lsb:.3f} (bound {r.bound}), mean error {r.mean_error:+.4f}"
-            for r in rows
-            if not r.ok
-        ]
-        return ParityReport(
-            path, not problems, max((r.max_lsb for r in rows), default=0.0),
-            sum(t.wrong for t in self.tallies.values()) / count,
-            max((r.mean_error for r in rows), key=abs, default=0.0), self.worst, self.differ / max(self.values, 1),
-            self.agree / self.ranked if self.ranked else None, snr_db(self.signal, self.noise), self.samples, checked,
-            problems, rows,
-        )  # fmt: skip
-
-
-def _kind(op: IntOp) -> str:
-    own = op.parts[0].kind
-    return own if own == op.kind else f"{own} by {op.kind}"
-
-
-def _unquantized(last: Op, value: Any, inputs: list[Any]) -> Any:
-    """A fake quantization is itself the op of a requantize: what it should round is its input."""
-    return inputs[0] if last.kind == "fake_quant" else value
+    def class_axis(self, rank: int) -> int:
+        return -1

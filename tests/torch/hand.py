@@ -1,4 +1,4 @@
-"""Quantized graphs written by hand, so that the artifact is tested without a front end: ops, fixed ranges, exact `call`s.
+"""Quantized graphs written by hand, so that the artifact is tested without a front end: ops, ranges, exact `call`s.
 
 A graph grows op by op; `Hand.op` runs the op in float on the samples, puts a fake quantization with the range of its
 output behind it, and goes on with the fake-quantized values, as a trained model does.
@@ -90,7 +90,9 @@ class Hand:
         spec = like or Range(low, high, bits)
         name = f"{tensor}/fq"
         attrs = {"quantizer": spec, "spec": tensor, "site": None}
-        self.ops.append(Op(name, "fake_quant", (tensor,), (name,), attrs, {}, tensor, "fake_quant", quantizer_call(spec)))
+        self.ops.append(
+            Op(name, "fake_quant", (tensor,), (name,), attrs, {}, tensor, "fake_quant", quantizer_call(spec))
+        )
         self._tensor(name, quantizer_call(spec)([value])[0])
         return name
 
