@@ -24,6 +24,7 @@ class Placement(enum.Enum):
     FIXED = "fixed"  # parameters that the kernel prescribes
     SHARED = "shared"  # the same scale and zero point in and out
     IDENTITY = "identity"  # no op at all in the artifact
+    STORED = "stored"  # quantized weights, float arithmetic: there is no integer kernel
     OPAQUE = "opaque"  # an op that the table does not know; it can only stay float
 
 
@@ -31,6 +32,7 @@ class Placement(enum.Enum):
 # codes and, on the ties of the first rounding, a bias of at most 2^-r / 2. They are used where r >= INT4_SHIFT.
 INT4_SHIFT = 4
 INT4_MEAN = 2.0 ** -(INT4_SHIFT + 1)
+WEIGHTS_ONLY = "no integer kernel: its weights are quantized, its arithmetic stays float"  # of a STORED op
 EXACT = 0.6  # the contract: 0.5 is perfect rounding, the rest is the kernel's fixed-point multiplier
 
 
@@ -141,6 +143,8 @@ ROWS: dict[str, Row] = {
         _shared("tile", "TILE", 1, "TileOptions"),
         _shared("resize_bilinear", "RESIZE_BILINEAR", 3, "ResizeBilinearOptions", rounds=True, int16=False),
         _shared("resize_nearest", "RESIZE_NEAREST_NEIGHBOR", 3, "ResizeNearestNeighborOptions"),
+        # Trains on quantized weights, and runs in float.
+        Row("recurrent", Placement.STORED, weighted=True),
         # Nothing in the artifact.
         Row("identity", Placement.IDENTITY, int16=True),
     )

@@ -14,7 +14,7 @@ from kquant.core.affine import INT8_MAX, Affine
 from kquant.core.errors import RangeError, UnsupportedError
 from kquant.core.fold import fold
 from kquant.core.graph import Graph, Op, Shape
-from kquant.core.int8_spec import Placement
+from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
 from kquant.core.target import TFLITE, Target
@@ -122,6 +122,8 @@ class Lowering:
         op, row = stage.anchor, stage.row
         if row.placement is Placement.OPAQUE:
             return str(op.attrs.get("reason", "it has no integer form"))
+        if row.placement is Placement.STORED:
+            return WEIGHTS_ONLY
         readers = [o for o, _ in self.consumers[stage.output]]
         if any(reader.attrs.get("boundary") for reader in readers):
             return "the config leaves it in float"

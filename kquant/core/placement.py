@@ -15,12 +15,12 @@ from kquant.core.affine import Affine
 from kquant.core.config import Entry
 from kquant.core.errors import ConfigError, UnsupportedError
 from kquant.core.graph import Graph, Op
-from kquant.core.int8_spec import Placement
+from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
 from kquant.core.plan import Plan, PlanRow, Site, Spec, WeightSpec
 from kquant.core.stages import Stage, stages
 from kquant.core.target import TFLITE, Target
 
-NON_NEGATIVE = frozenset({"relu", "softplus", "hard_sigmoid", "exponential", "squareplus"})
+NON_NEGATIVE = frozenset({"relu", "softplus", "hard_sigmoid", "exponential", "squareplus", "abs", "sqrt", "rsqrt"})
 NON_NEGATIVE |= {f"keras.ops.{name}" for name in ("Abs", "Square", "Exp", "Softplus", "HardSigmoid", "Sqrt")}
 
 
@@ -142,6 +142,8 @@ class Placer:
             return "" if has_codes or entry is not None else "no config entry matches it"
         if entry is None:
             return "no config entry matches it"
+        if row.placement is Placement.STORED:
+            return WEIGHTS_ONLY
         if row.weighted and entry.weight_bits in (None, 32):
             return f"its weight is not quantized by config_list[{entry.index}]"
         if self._output_bits(stage) in (None, 32):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kquant.core.affine import Affine
+from kquant.core.affine import INT8_MAX, Affine
 from kquant.core.graph import Graph
 from kquant.core.reports import Report, table
 
@@ -45,13 +45,17 @@ class Spec:
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How one weight array is quantized: recipe, bits, whether a scale per output channel, gradient bits or None."""
+    """How one weight array is quantized: recipe, bits, whether a scale per output channel, gradient bits or None.
+
+    Codes stay within ±`largest`.
+    """
 
     quantizer: str
     bits: int
     per_channel: bool = True
     gradient_bits: int | None = None
     start_step: int = 0
+    largest: int = INT8_MAX
 
 
 @dataclass(frozen=True)

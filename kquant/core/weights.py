@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import SMALLEST_SCALE, round_half_up
+from kquant.core.affine import INT8_MAX, SMALLEST_SCALE, round_half_up
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,18 @@ class DoReFa:
     """DoReFa-Net weights of k bits: `2 * quantize_k(tanh(w) / (2 max|tanh w|) + 1/2) - 1`, the maximum over the layer.
 
     As integers these are the odd codes `2q - (2^k - 1)` with scale `1/(2^k - 1)`. At 8 bits the 256 levels do not fit
-    int8 symmetrically, so training and artifact use the 255-level grid `round(127 u)/127` instead. One bit is
-    `sign(w) * E|w|` with the mean over the layer and sign(0) = +1.
+    int8 symmetrically, so training and artifact use the 255-level grid `round(127 u)/127` instead; likewise wherever
+    the odd codes would exceed `largest`. One bit is `sign(w) * E|w|` with the mean over the layer and sign(0) = +1.
 
     Source: Zhou et al. 2016 (arXiv:1606.06160), equations 7 to 9.
+
+    Args:
+        bits: 1..8.
+        largest: the greatest code that the kernel may hold.
     """
 
     bits: int
+    largest: int = INT8_MAX
 
     def prepare(self, w: Any, xp: Any = np) -> Any:
         """`tanh(w) / max|tanh w|`; at one bit the weights themselves."""
@@ -84,8 +89,8 @@ class DoReFa:
         if self.bits == 1:
             scale = xp.maximum(xp.mean(xp.abs(u)), SMALLEST_SCALE)
             return xp.where(u >= 0, xp.ones_like(u), -xp.ones_like(u)), scale
-        if self.bits == 8:
-            return round_half_up(u * 127, xp), xp.ones_like(xp.max(u)) / 127
+        if 2**self.bits - 1 > self.largest:
+            return round_half_up(u * self.largest, xp), xp.ones_like(xp.max(u)) / self.largest
         levels = 2**self.bits - 1
         codes = 2 * round_half_up(levels * (u / 2 + 0.5), xp) - levels
         return codes, xp.ones_like(xp.max(u)) / levels
@@ -93,17 +98,27 @@ class DoReFa:
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return 127 if self.bits == 8 else int(2**self.bits - 1)
+        return min(int(2**self.bits - 1), self.largest)
 
 
-def weight_formula(quantizer: str, bits: int, axes: tuple[int, ...] | None) -> Symmetric | DoReFa:
+def weight_formula(
+    quantizer: str, bits: int, axes: tuple[int, ...] | None, largest: int = INT8_MAX
+) -> Symmetric | DoReFa:
     """The formula of a recipe's weights: `"naive"` and `"qat"` are symmetric, `"dorefa"` is DoReFa's.
 
+    Args:
+        quantizer: the recipe.
+        bits: of the weights.
+        axes: that share a scale; None for one scale.
+        largest: the greatest code that the kernel may hold; a symmetric grid then has as many bits as fit.
+
     Example:
-        >>> weight_formula("dorefa", 2, None)
-        DoReFa(bits=2)
+        >>> weight_formula("dorefa", 2, None), weight_formula("qat", 8, None, largest=63).qmax
+        (DoReFa(bits=2, largest=127), 63)
     """
-    return DoReFa(bits) if quantizer == "dorefa" else Symmetric(bits, axes)
+    if quantizer == "dorefa":
+        return DoReFa(bits, largest)
+    return Symmetric(min(bits, largest.bit_length() + 1), axes)
 
 
 def storage_bits(formula: Symmetric | DoReFa) -> int:

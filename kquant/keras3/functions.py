@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from keras import activations, ops
 
+from kquant.core import elementwise
+
 NAMED: dict[str, tuple[str, dict]] = {
     "linear": ("identity", {}),
     "relu": ("relu", {"max": None, "fn": "relu"}),
@@ -40,20 +42,8 @@ def function_kind(function: Callable) -> tuple[str, dict]:
 
 
 def is_elementwise(function: Callable) -> bool:
-    """Whether a function of one tensor treats every element by itself, judged on probes of two shapes."""
-    probe = np.linspace(-9.0, 9.0, 240, dtype=np.float32)
-    order = np.random.default_rng(0).permutation(probe.size)
-    try:
-        flat = _run(function, probe)
-        mixed = _run(function, probe[order])
-        shaped = _run(function, probe.reshape(4, 3, 4, 5))
-    except Exception:
-        return False
-    if flat.shape != probe.shape:
-        return False
-    return np.array_equal(flat[order], mixed, equal_nan=True) and np.allclose(
-        flat, shaped.ravel(), rtol=1e-6, atol=1e-7, equal_nan=True
-    )
+    """Whether a function of one tensor treats every element by itself."""
+    return elementwise.is_elementwise(lambda x: _run(function, x))
 
 
 def _run(function: Callable, x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,272 @@
+"""The public entry points for PyTorch: `wrap`, `plan`, and the three quantizers in their classic form."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kquant.core.calibration import calibrate as calibrate_graph
+from kquant.core.config import Candidate, Entry, match, parse
+from kquant.core.errors import ConfigError, ModelError, nearest
+from kquant.core.graph import Graph
+from kquant.core.int8_spec import Placement, row_of
+from kquant.core.placement import place
+from kquant.core.plan import Plan
+from kquant_torch.attach import attach
+from kquant_torch.read import Reading, read, read_code
+from kquant_torch.root import is_quantized
+from kquant_torch.trace import as_arguments
+
+TARGETS = ("onednn", "onednn_fused")
+OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
+PORTABLE_MAX = 63  # codes; two products of u8 and s8 then fit the int16 that CPUs without VNNI add them in
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}"
+        )
+
+
+def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str, Entry | None]:
+    entries = parse(config_list, quantizer=quantizer)
+    for entry in entries:
+        if 16 in (entry.input_bits, entry.output_bits):
+            raise ConfigError(
+                entry.where(entry.bits_key), "PyTorch's integer kernels take 8-bit activations at most", 16, "Use 8"
+            )
+    # A model input takes part only by its name: it is 8 bits unless an entry names it.
+    candidates = [Candidate(f"input:{name}", (name,), "Input", False) for name in graph.inputs]
+    candidates += [Candidate(op.id, op.attrs["aliases"], op.type_name, op.kind != "opaque") for op in graph.ops]
+    return match(entries, candidates)
+
+
+def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable: bool) -> Plan:
+    graph = reading.graph
+    made = place(graph, _entries(graph, config_list, quantizer))
+    if not any(row_of(op.kind).placement not in (Placement.IDENTITY, Placement.OPAQUE) for op in graph.ops):
+        raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
+    if not portable:
+        return made
+    weights = {op: dataclasses.replace(spec, largest=PORTABLE_MAX) for op, spec in made.weights.items()}
+    layers = {op.layer for op in graph.ops if op.id in weights}
+    rows = tuple(
+        dataclasses.replace(row, weight=f"{row.weight} within ±{PORTABLE_MAX}") if row.layer in layers else row
+        for row in made.rows
+    )
+    return dataclasses.replace(made, weights=weights, rows=rows)
+
+
+def _check_model(model: Any, example_inputs: Any) -> None:
+    """What can be said of a model and its inputs before anything runs."""
+    if not isinstance(model, nn.Module):
+        raise ModelError("model", "a torch.nn.Module", type(model).__name__)
+    name = f"model {type(model).__name__!r}"
+    if is_quantized(model):
+        raise ModelError(name, "a float model", "a model that kquant_torch already wrapped")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for what, value in tensors:
+        if value.is_complex():
+            raise ModelError(f"{what!r} of {name}", "real numbers", str(value.dtype), "Complex tensors have no codes")
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ModelError(f"{what!r} of {name}", "float32 weights", str(value.dtype), "Call model.float() first")
+    devices = {str(value.device) for _, value in tensors}
+    if len(devices) > 1:
+        raise ModelError(name, "all parameters on one device", sorted(devices))
+    positional, named = as_arguments(example_inputs)
+    for what, value in [*enumerate(positional), *named.items()]:
+        _check_input(what, value, next(iter(devices), None), name)
+
+
+def _check_input(what: Any, value: Any, device: str | None, name: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        return
+    where = f"example_inputs[{what!r}]"
+    if value.is_complex():
+        raise ModelError(where, "real numbers", str(value.dtype), "Complex tensors have no codes")
+    if value.is_floating_point() and value.dtype != torch.float32:
+        raise ModelError(where, "float32 values", str(value.dtype), "Call .float() on them")
+    if value.ndim == 0 or value.shape[0] == 0:
+        raise ModelError(where, "a batch: samples on axis 0, at least one", f"shape {tuple(value.shape)}")
+    if device is not None and str(value.device) != device:
+        raise ModelError(where, f"a tensor on the device of {name}, {device}", str(value.device))
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise ModelError(where, "finite values", "NaN or infinity")
+
+
+def plan(
+    model: nn.Module,
+    config_list: Any = None,
+    *,
+    example_inputs: Any,
+    quantizer: str | None = None,
+    portable: bool = False,
+    target: str = "onednn",
+) -> Plan:
+    """What `wrap` would do, before anything happens; the arguments are those of `wrap`.
+
+    Returns:
+        A `Plan`; print it for a table, or call `to_dict()`. Ops that stay float are in it with the reason, functional
+        ones of a model that cannot be traced with their file and line.
+    """
+    _check_choice("target", target, TARGETS)
+    _check_model(model, example_inputs)
+    return _placed(read_code(copy.deepcopy(model), example_inputs), config_list, quantizer, portable)
+
+
+def wrap(
+    model: nn.Module,
+    config_list: Any = None,
+    *,
+    example_inputs: Any,
+    calibration_data: Any = None,
+    observer: str = "auto",
+    portable: bool = False,
+    target: str = "onednn",
+) -> nn.Module:
+    """A copy of a float model that trains quantized.
+
+    Args:
+        model: a float32 module; it is not changed.
+        config_list: which layers are quantized how; None is `[{"q_bits": 8, "op_types": ["default"]}]`.
+        example_inputs: one batch: a tensor, a tuple of tensors, or a dict by argument name; samples on axis 0.
+        calibration_data: samples (a tensor or array) or batches (an iterable). With it the ranges are set before the
+            first step, so the untrained model already has post-training-quantization accuracy.
+        observer: how calibration picks ranges: `"auto"` (min-max; MSE at 4 bits and less), `"minmax"`,
+            `"percentile"`, `"mse"`, `"ema"`.
+        portable: weight codes within ±63, so that the artifact gives the same values on CPUs without VNNI.
+        target: `"onednn"`, or `"onednn_fused"`, whose convolutions add before they round.
+
+    Returns:
+        A module of a subclass of the model's own class, with the same modules, parameters, attributes and hooks.
+
+    Raises:
+        ConfigError, ModelError, UnsupportedError, CalibrationError: each says where, what was expected and what to do.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> x = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
+        >>> qmodel = wrap(model, example_inputs=x, calibration_data=x)
+        >>> loss = qmodel(x).square().mean()
+        >>> loss.backward()
+        >>> qmodel[0].weight.grad is not None
+        True
+    """
+    _check_model(model, example_inputs)
+    return _quantize(
+        copy.deepcopy(model), config_list, None, example_inputs, calibration_data, observer, portable, target
+    )
+
+
+def _quantize(
+    model: nn.Module, config_list: Any, quantizer: str | None, example_inputs: Any, calibration_data: Any,
+    observer: str, portable: bool, target: str,
+) -> nn.Module:  # fmt: skip
+    _check_choice("observer", observer, OBSERVERS)
+    _check_choice("target", target, TARGETS)
+    reading = read_code(model, example_inputs)
+    quantized = attach(_placed(reading, config_list, quantizer, portable), reading)
+    if calibration_data is not None:
+        calibrate(quantized, calibration_data, observer)
+    return quantized
+
+
+def calibrate(qmodel: nn.Module, calibration_data: Any, observer: str = "auto") -> None:
+    """Set the activation ranges of a wrapped model from data.
+
+    Args:
+        qmodel: a wrapped model.
+        calibration_data, observer: as in `wrap`.
+    """
+    _check_choice("observer", observer, OBSERVERS)
+    calibrate_graph(read(qmodel), arrays_of(calibration_data), observer)
+
+
+def arrays_of(data: Any) -> Any:
+    """Calibration data with arrays in the place of tensors, batch by batch."""
+    if isinstance(data, torch.Tensor):
+        return data.detach().cpu().numpy()
+    if isinstance(data, np.ndarray):
+        return data
+    if isinstance(data, dict):
+        return {k: arrays_of(v) for k, v in data.items()}
+    return (_batch(b) for b in data) if hasattr(data, "__iter__") else data
+
+
+def _batch(batch: Any) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.detach().cpu().numpy()
+    if isinstance(batch, dict):
+        return {k: _batch(v) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_batch(v) for v in batch) if type(batch) in (tuple, list) else tuple(map(_batch, batch))
+    return batch
+
+
+class _Quantizer:
+    """The classic form: a quantizer made from a config, then called on a model."""
+
+    kind = ""
+
+    def __init__(self, config_list: Any = None):
+        parse(config_list, quantizer=self.kind)
+        self.config_list = config_list
+
+    def __call__(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        calibration_data: Any = None,
+        observer: str = "auto",
+        portable: bool = False,
+        target: str = "onednn",
+    ) -> nn.Module:
+        """Quantize a model in place and return it; see `wrap`.
+
+        Without `example_inputs` the first batch of `calibration_data` serves.
+        """
+        if example_inputs is None:
+            example_inputs, calibration_data = _first_batch(calibration_data)
+        _check_model(model, example_inputs)
+        return _quantize(
+            model, self.config_list, self.kind, example_inputs, calibration_data, observer, portable, target
+        )
+
+
+def _first_batch(data: Any) -> tuple[Any, Any]:
+    """Example inputs from calibration data, and the data with nothing taken away."""
+    if isinstance(data, (torch.Tensor, np.ndarray)):
+        return torch.as_tensor(data[:2]), data
+    batches = list(data) if hasattr(data, "__iter__") else []
+    if not batches:
+        raise ModelError(
+            "example_inputs", "a batch of inputs, since a module does not know their shapes", "None",
+            "Call quantizer(model, example_inputs=x), or give calibration_data",
+        )  # fmt: skip
+    first = batches[0]
+    first = first[0] if isinstance(first, (tuple, list)) else first
+    return torch.as_tensor(first) if not isinstance(first, dict) else first, batches
+
+
+class NaiveQuantizer(_Quantizer):
+    """Weights by their current max|w| per channel, ranges from calibration or the first training batch."""
+
+    kind = "naive"
+
+
+class QAT_Quantizer(_Quantizer):
+    """Quantization-aware training after Jacob et al. 2018 (arXiv:1712.05877)."""
+
+    kind = "qat"
+
+
+class DoReFaQuantizer(_Quantizer):
+    """DoReFa-Net (Zhou et al. 2016, arXiv:1606.06160): low-bit weights, activations and gradients."""
+
+    kind = "dorefa"

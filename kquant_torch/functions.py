@@ -1,0 +1,27 @@
+"""Functions of our own in a wrapped model's code: what composite layers are made of besides torch's own functions."""
+
+from __future__ import annotations
+
+import torch
+
+
+def reciprocal_root(x: torch.Tensor, epsilon: float, factor: float = 1.0) -> torch.Tensor:
+    """`1 / sqrt(x * factor + epsilon)`, elementwise: the denominator of a normalization."""
+    return torch.rsqrt(x * factor + epsilon)
+
+
+def scaled_softmax(x: torch.Tensor, beta: float, dim: int) -> torch.Tensor:
+    """`softmax(beta * x)`, with the factor that the integer kernel has."""
+    return torch.softmax(x * beta, dim)
+
+
+def channel_affine(x: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None, axis: int) -> torch.Tensor:
+    """`x * scale + offset` with one value per channel of `axis`; either may be None. The tail of a normalization."""
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    if scale is not None:
+        x = x * scale.reshape(shape)
+    return x if offset is None else x + offset.reshape(shape)
+
+
+OURS = (reciprocal_root, scaled_softmax, channel_affine)

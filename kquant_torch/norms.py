@@ -1,0 +1,47 @@
+"""Batch norm that can be frozen."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that everybody uses
+from torch import nn
+
+from kquant_torch.state import Stateful
+
+
+class FreezableBatchNorm(Stateful):
+    """Torch's batch norm whose statistics can stand still in training. Mixed in before torch's class.
+
+    While `frozen`, training normalizes by the running statistics, as evaluation does, and leaves them as they are.
+    """
+
+    frozen: bool
+
+    def _own_state(self) -> list[str]:
+        return ["frozen"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Torch's function, with the running statistics if they are frozen."""
+        if not (self.frozen and self.training):
+            return super().forward(x)
+        self._check_input_dim(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class QuantizedBatchNorm1d(FreezableBatchNorm, nn.BatchNorm1d):
+    """`nn.BatchNorm1d` that can be frozen."""
+
+
+class QuantizedBatchNorm2d(FreezableBatchNorm, nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that can be frozen."""
+
+
+class QuantizedBatchNorm3d(FreezableBatchNorm, nn.BatchNorm3d):
+    """`nn.BatchNorm3d` that can be frozen."""
+
+
+BATCH_NORMS: dict[type, type] = {
+    nn.BatchNorm1d: QuantizedBatchNorm1d,
+    nn.BatchNorm2d: QuantizedBatchNorm2d,
+    nn.BatchNorm3d: QuantizedBatchNorm3d,
+}

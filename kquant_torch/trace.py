@@ -1,0 +1,270 @@
+"""From a module to an fx graph whose nodes know their values' shapes: tracing, cleaning, and running it on examples."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that everybody uses
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from kquant.core.errors import ModelError
+from kquant_torch.functions import OURS
+from kquant_torch.state import Stateful
+
+COMPOSITE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+
+
+class NotTraceable(Exception):  # noqa: N818  a reason, not an error: such a model is wrapped module by module
+    """Why fx cannot trace a model."""
+
+
+class Tracer(fx.Tracer):
+    """Keeps torch's own layers and ours whole, reads parameters and buffers, and keeps modules that only train whole."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=OURS)
+        self.proxy_buffer_attributes = True
+        self.training_only: set[str] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Torch's own layers, and ours."""
+        if isinstance(m, Stateful) or type(m).__module__.startswith("kquant_torch."):
+            return not getattr(type(m), "is_quantized_root", False)
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        """A module of the user's that returns its input as it is in evaluation (drop path) is one node."""
+        if self.is_leaf_module(m, self.path_of_module(m)):
+            return super().call_module(m, forward, args, kwargs)
+        before = len(self.graph.nodes)
+        result = super().call_module(m, forward, args, kwargs)
+        if args and result is args[0] and len(self.graph.nodes) == before and not isinstance(m, COMPOSITE):
+            name = self.path_of_module(m)
+            self.training_only.add(name)
+            return self.create_proxy("call_module", name, args, kwargs)
+        return result
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a module and all its parts in a mode, and each back as it was."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        for m in modes:
+            m.training = training
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+class Inputs:
+    """The example inputs of a model, by the names of its forward arguments."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any):
+        self.signature = inspect.signature(type(model).forward)
+        positional, named = as_arguments(example_inputs)
+        try:
+            bound = self.signature.bind(model, *positional, **named).arguments
+        except TypeError as error:
+            raise ModelError(
+                "example_inputs", f"arguments of {type(model).__name__}.forward{self.signature}", str(error)
+            ) from error
+        own = next(iter(bound))
+        self.values: dict[str, Any] = {k: v for k, v in bound.items() if k != own}
+        for name, value in self.values.items():
+            kind = self.signature.parameters[name].kind
+            if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+                raise NotTraceable(f"forward takes *args or **kwargs ({name})")
+            if not isinstance(value, torch.Tensor):
+                raise ModelError(
+                    f"example_inputs, argument {name!r}",
+                    "a tensor",
+                    type(value).__name__,
+                    "Bind other arguments in a module of your own around the model",
+                )
+        self.defaults = {
+            p.name: p.default
+            for p in list(self.signature.parameters.values())[1:]
+            if p.name not in self.values and p.default is not inspect.Parameter.empty
+        }
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """Positional and named arguments from what a user hands over: a tensor, a tuple or list, or a dict by name."""
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    fix = "Pass a tensor, a tuple of tensors, or a dict of tensors by argument name; a batch of the usual shape"
+    raise ModelError("example_inputs", "the inputs of one call of the model", type(example_inputs).__name__, fix)
+
+
+def trace(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, frozenset[str]]:
+    """The fx graph of a model in evaluation, and the names of the modules that act in training only.
+
+    Raises:
+        NotTraceable: control flow that depends on values or on the mode.
+    """
+    with in_mode(model, False):
+        graph, names = _trace_once(model, inputs)
+    with in_mode(model, True):
+        try:
+            other = _trace_once(model, inputs, names)[0]
+        except NotTraceable as error:
+            raise NotTraceable(f"in training mode: {error}") from error
+    if _outline(graph) != _outline(other):
+        raise NotTraceable("its forward does something else in training than in evaluation (it reads self.training)")
+    return graph, names
+
+
+def _trace_once(model: nn.Module, inputs: Inputs, leaves: frozenset[str] = frozenset()) -> Any:
+    tracer = Tracer()
+    if leaves:
+        own = tracer.is_leaf_module
+        tracer.is_leaf_module = lambda m, name: name in leaves or own(m, name)  # type: ignore[method-assign]
+    try:
+        graph = tracer.trace(model, concrete_args=inputs.defaults or None)
+    except Exception as error:  # whatever a user's code raises on symbolic values
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise NotTraceable(f"{type(error).__name__}: {first}") from error
+    _drop_defaults(graph, inputs)
+    _out_of_place(graph, model)
+    _dropouts_as_modules(graph)
+    drop_unused(graph)
+    return graph, frozenset(tracer.training_only)
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove nodes whose value nobody uses; none has an effect, since nothing is overwritten any more."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+
+
+def _outline(graph: fx.Graph) -> list[Any]:
+    return [(n.op, n.target if n.op != "get_attr" else str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]
+
+
+def _drop_defaults(graph: fx.Graph, inputs: Inputs) -> None:
+    """Arguments that were left at their defaults are constants of the graph."""
+    for node in list(graph.nodes):
+        is_check = node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert")
+        if is_check and not node.users:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and str(node.target).lstrip("*") not in inputs.values and not node.users:
+            graph.erase_node(node)
+
+
+# -- in-place operations and functional dropout ---------------------------------------------------------------------
+
+_INPLACE_OPERATORS = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, operator.imatmul: operator.matmul, operator.ipow: operator.pow,
+}  # fmt: skip
+
+
+def _out_of_place(graph: fx.Graph, model: nn.Module) -> None:
+    """Operations that overwrite their first operand return a new tensor, which later uses of the operand read."""
+    for node in list(graph.nodes):
+        if not _overwrites(node, model):
+            continue
+        target = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(target, fx.Node):
+            continue
+        seen = False
+        for user in list(graph.nodes):
+            seen = seen or user is node
+            if seen and user is not node:
+                user.replace_input_with(target, node)
+
+
+def _overwrites(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
+        node.target = _INPLACE_OPERATORS[node.target]
+        return True
+    if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+        plain = node.target.rstrip("_")
+        if hasattr(torch.Tensor, plain) and plain not in ("requires_grad", "copy", "set"):
+            node.target = plain
+            return True
+    if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("_"):
+        plain = getattr(torch, node.target.__name__.rstrip("_"), None) or getattr(F, node.target.__name__[:-1], None)
+        if plain is not None:
+            node.target = plain
+            return True
+    if node.op == "call_function" and node.kwargs.get("inplace"):
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        return True
+    return node.op == "call_module" and bool(getattr(model.get_submodule(node.target), "inplace", False))
+
+
+def _dropouts_as_modules(graph: fx.Graph) -> None:
+    """Functional dropout reads the mode of its module once, when it is traced; these nodes follow it instead."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in DROPOUTS:
+            args = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+            args.apply_defaults()
+            node.args = (args.arguments["input"], args.arguments["p"])
+            node.kwargs = {"training": "follow"}
+
+
+# -- values ---------------------------------------------------------------------------------------------------------
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and notes what each node gave."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, key: str):
+        super().__init__(model, garbage_collect_values=True, graph=graph)
+        self.key = key
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta[self.key] = pytree.tree_map(_described, value)
+        return value
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target in DROPOUTS:
+            return args[0]
+        return super().call_function(target, args, kwargs)
+
+
+class Described:
+    """What is kept of a tensor that flowed through a node."""
+
+    def __init__(self, value: torch.Tensor):
+        self.shape, self.dtype = tuple(value.shape), value.dtype
+
+
+def _described(value: Any) -> Any:
+    return Described(value) if isinstance(value, torch.Tensor) else value
+
+
+def propagate(model: nn.Module, graph: fx.Graph, values: Mapping[str, torch.Tensor]) -> None:
+    """Note in `node.meta["value"]` what each node gives, and in `node.meta["other"]` what it gives for a larger batch.
+
+    The model runs in evaluation mode without gradients. `other` is missing where it cannot run on another batch size.
+    """
+    ordered = [values[str(n.target)] for n in graph.nodes if n.op == "placeholder"]
+    with in_mode(model, False), torch.no_grad():
+        try:
+            _Recorder(model, graph, "value").run(*ordered)
+        except Exception as error:
+            shapes = {k: tuple(v.shape) for k, v in values.items()}
+            raise ModelError(
+                "example_inputs",
+                "inputs that the model can be called on",
+                f"{shapes}; the model raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            ) from error
+        larger = [v if v.ndim == 0 else torch.cat([v, v[:1]]) for v in ordered]
+        with contextlib.suppress(Exception):
+            _Recorder(model, graph, "other").run(*larger)
