@@ -93,7 +93,7 @@ class Builder:
         raw = self.nodes.get(tensor)
         if not sites or raw is None:
             return
-        users = [u for u in raw.users]
+        users = list(raw.users)
         value, after = raw, raw
         if raw.op == "placeholder":
             after = [n for n in self.code.nodes if n.op == "placeholder"][-1]

@@ -1,4 +1,4 @@
-"""Fake quantization in torch: the straight-through functions, and the module that quantizes activations of one range."""
+"""Fake quantization in torch: straight-through functions, and the module that quantizes activations of one range."""
 
 from __future__ import annotations
 

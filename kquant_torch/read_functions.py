@@ -293,4 +293,3 @@ def _to(r: Reader, node: fx.Node, input: Any, *args: Any, **kwargs: Any) -> Any:
     if node.meta["value"].dtype != torch.float32:
         raise Refused("a cast to another type than float32 is not a quantizable op")
     return _identity(r, node, input)
-

@@ -61,7 +61,9 @@ def why_not_quantizable(module: Any) -> str | None:
     if any(type(hook).__name__ in ("WeightNorm", "SpectralNorm") for hook in module._forward_pre_hooks.values()):
         return "it has weight_norm or spectral_norm; remove it (torch.nn.utils.remove_weight_norm) before quantizing"
     if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"padding_mode={module.padding_mode!r} has no kernel; pad with F.pad before a convolution without padding"
+        return (
+            f"padding_mode={module.padding_mode!r} has no kernel; pad with F.pad before a convolution without padding"
+        )
     if getattr(module, "max_norm", None) is not None:
         return "max_norm changes the embedding's weights while it runs"
     return None
@@ -208,6 +210,8 @@ def _pad(r: Reader, node: fx.Node, module: Any, input: Any) -> Any:
     return FUNCTIONS["pad"](r, node, input, module.padding, mode, getattr(module, "value", 0.0))
 
 
-@reads_module(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
+@reads_module(
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity
+)
 def _identity(r: Reader, node: fx.Node, module: Any, input: Any) -> Any:
     return FUNCTIONS["dropout"](r, node, input)

@@ -255,5 +255,3 @@ def _gather(r: Reader, node: fx.Node, input: Any, dim: int, indices: np.ndarray)
 @reads("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def _refused(r: Reader, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     raise Refused(f"{function_name(node)} needs a batch axis and known channels")
-
-

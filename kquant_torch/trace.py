@@ -26,7 +26,7 @@ class NotTraceable(Exception):  # noqa: N818  a reason, not an error: such a mod
 
 
 class Tracer(fx.Tracer):
-    """Keeps torch's own layers and ours whole, reads parameters and buffers, and keeps modules that only train whole."""
+    """Keeps whole: torch's layers, ours, and modules that act in training only. Reads parameters and buffers."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=OURS)

@@ -248,7 +248,9 @@ class _Recurrent:
         layers = self.num_layers * (2 if self.bidirectional else 1)
         batch = x.shape[0 if self.batch_first else 1]
         hidden = torch.zeros(layers, batch, getattr(self, "proj_size", 0) or self.hidden_size, device=x.device)
-        return (hidden, torch.zeros(layers, batch, self.hidden_size, device=x.device))[: 2 if self.mode == "LSTM" else 1]
+        return (hidden, torch.zeros(layers, batch, self.hidden_size, device=x.device))[
+            : 2 if self.mode == "LSTM" else 1
+        ]
 
 
 class QuantizedLSTM(_Recurrent, nn.LSTM):
