@@ -103,14 +103,14 @@ def softmax(x: Tensor, table: Tensor, dim: int) -> Tensor:
 # One factor per channel along an axis: a depthwise kernel over an image of one row.
 _enter("""
 def channel_affine(
-    x: Tensor, x_scale: float, x_zero_point: int, kernel: Tensor, kernel_scale: Tensor, zero: Tensor, bias: Tensor,
-    output_scale: float, output_zero_point: int, attr: str, scalars: List[Optional[number]], axis: int) -> Tensor:
+    x: Tensor, x_scale: float, x_zero_point: int, kernel: Tensor, kernel_scale: Tensor, kernel_zero: Tensor,
+    bias: Tensor, scale: float, zero_point: int, attr: str, scalars: List[Optional[number]], axis: int) -> Tensor:
   y = torch.movedim(x, axis, -1)
   channels = torch.size(y, -1)
   flat = torch.permute(torch.reshape(y, [1, 1, -1, channels]), [0, 3, 1, 2])
   z = ops.onednn.qconv_pointwise(
-    flat, x_scale, x_zero_point, kernel, kernel_scale, zero, bias, [1, 1], [0, 0], [1, 1], channels,
-    output_scale, output_zero_point, 0, attr, scalars, "")
+    flat, x_scale, x_zero_point, kernel, kernel_scale, kernel_zero, bias, [1, 1], [0, 0], [1, 1], channels,
+    scale, zero_point, 0, attr, scalars, "")
   return torch.movedim(torch.reshape(torch.permute(z, [0, 2, 3, 1]), torch.size(y)), -1, axis)
 """)
 # Zeros between the elements, which are zero points: what turns a transposed convolution into an ordinary one.

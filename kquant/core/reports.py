@@ -155,7 +155,8 @@ class AuditReport(Report):
         op_counts: ops by kind.
         macs: multiply-accumulates at batch 1.
         file_bytes: size of the file.
-        least_runtime: the least TFLite runtime that has every op in its version.
+        least_runtime: the least version of the runtime that has every op in its version.
+        runtime: what runs the file.
     """
 
     title: ClassVar[str] = "Audit"
@@ -169,6 +170,7 @@ class AuditReport(Report):
     file_bytes: int
     least_runtime: str
     op_counts: dict[str, int] = field(default_factory=dict)
+    runtime: str = "TFLite"
 
     def facts(self) -> list[tuple[str, Any]]:
         """The verdict, the share of integer MACs, sizes, and ops by kind."""
@@ -178,7 +180,7 @@ class AuditReport(Report):
             ("fully integer", self.fully_integer),
             ("integer MACs", f"{self.integer_mac_fraction:.2%} of {self.macs:,}"),
             ("file bytes", self.file_bytes),
-            ("least runtime", f"TFLite {self.least_runtime}"),
+            ("least runtime", f"{self.runtime} {self.least_runtime}"),
             ("ops", counts),
         ]
 
@@ -198,8 +200,10 @@ class ExportReport(Report):
         fully_integer: see `AuditReport`.
         ops: number of ops in the file.
         floats: why ops stayed float, by op; empty unless float ops were allowed.
-        least_runtime: the least TFLite runtime that has every op in its version.
+        least_runtime: the least version of the runtime that has every op in its version.
         seconds: time of the export.
+        runtime: what runs the file.
+        portable: whether CPUs without VNNI give the same values; None where that makes no difference.
     """
 
     title: ClassVar[str] = "Export"
@@ -211,6 +215,8 @@ class ExportReport(Report):
     floats: dict[str, str]
     least_runtime: str
     seconds: float
+    runtime: str = "TFLite"
+    portable: bool | None = None
 
     def facts(self) -> list[tuple[str, Any]]:
         """What was written."""
@@ -219,8 +225,9 @@ class ExportReport(Report):
             ("bytes", self.file_bytes),
             ("fully integer", self.fully_integer),
             ("ops", self.ops),
-            ("least runtime", f"TFLite {self.least_runtime}"),
+            ("least runtime", f"{self.runtime} {self.least_runtime}"),
             ("seconds", self.seconds),
+            *([] if self.portable is None else [("portable to CPUs without VNNI", self.portable)]),
         ]
 
     def tables(self) -> list[Table]:

@@ -1,0 +1,162 @@
+"""Runs an artifact on stock torch: `load_artifact` for a user, `run_all` for verification."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import io
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from kquant.core.errors import ArtifactError
+from kquant.core.files import read_bytes
+from kquant_torch.archive import CLASS, MODULE, ROOT, Archive, decode, encode
+from kquant_torch.emit import SHIFT_OF_CODES
+from kquant_torch.program import Program, parse
+
+
+def loaded(data: bytes, where: str) -> Any:
+    """The TorchScript module in a file's bytes. This runs the file's code.
+
+    Raises:
+        ArtifactError: torch cannot load it; on a build without oneDNN with what to do.
+    """
+    if not torch.backends.mkldnn.is_available():
+        raise ArtifactError(
+            where,
+            "a build of torch with oneDNN",
+            "torch.backends.mkldnn.is_available() is False",
+            'Export it with backend="quantized" for this machine',
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+            return torch.jit.load(io.BytesIO(data)).eval()
+    except RuntimeError as error:
+        received = str(error).strip().splitlines()[0][:200]
+        raise ArtifactError(where, "a file that torch.jit.load can load", received) from error
+
+
+def facts(archive: Archive, where: str) -> dict[str, Any]:
+    """What the file says about its own tensors, inputs and outputs."""
+    try:
+        found = json.loads(archive.extra[f"{ROOT}.json"])
+        if not isinstance(found["tensors"], dict) or not isinstance(found["inputs"], dict):
+            raise TypeError("tensors and inputs are expected")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ArtifactError(where, "a description of the artifact's tensors", str(error)) from error
+    return dict(found)
+
+
+class Artifact:
+    """An artifact that runs like a function.
+
+    Example:
+        >>> model = load_artifact("model.pt")  # doctest: +SKIP
+        >>> model(images).argmax(1)  # doctest: +SKIP
+    """
+
+    def __init__(self, data: bytes, where: str = "artifact"):
+        archive = decode(data, where)
+        self.where, self.facts = where, facts(archive, where)
+        self.input_names, self.output_names = list(self.facts["inputs"]), list(self.facts["outputs"])
+        self._module = loaded(data, where)
+
+    def __call__(self, x: Any) -> Any:
+        """Run it.
+
+        Args:
+            x: a tensor or array; for several inputs a list of them in the file's order, or a dict by name.
+
+        Returns:
+            A tensor, or an array if the inputs were arrays; for several outputs a list.
+
+        Raises:
+            ArtifactError: a wrong number of inputs, an unknown name, a shape that does not fit.
+        """
+        values = self._values(x)
+        are_arrays = not any(isinstance(v, torch.Tensor) for v in values)
+        tensors = [torch.as_tensor(v) for v in values]
+        for name, tensor in zip(self.input_names, tensors, strict=True):
+            self._check(name, tensor)
+        with torch.no_grad():
+            made = self._module(*tensors)
+        results = list(made) if isinstance(made, tuple) else [made]
+        results = [r.numpy() for r in results] if are_arrays else results
+        return results if len(results) > 1 else results[0]
+
+    def _values(self, x: Any) -> list[Any]:
+        if isinstance(x, Mapping):
+            if set(x) != set(self.input_names):
+                raise ArtifactError(self.where, f"a value for each of {self.input_names}", sorted(x))
+            return [x[n] for n in self.input_names]
+        values = list(x) if isinstance(x, list | tuple) else [x]
+        if len(values) != len(self.input_names):
+            raise ArtifactError(self.where, f"{len(self.input_names)} inputs: {self.input_names}", len(values))
+        return values
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        expected = self.facts["tensors"][self.facts["inputs"][name]]["shape"]
+        where = f"{self.where}, input {name!r}"
+        # Sizes may differ, as those of an image may; where they cannot, a kernel says so below.
+        if tensor.ndim != len(expected):
+            raise ArtifactError(where, f"{len(expected)} axes", f"shape {tuple(tensor.shape)}")
+        if tensor.ndim and tensor.shape[0] == 0:
+            raise ArtifactError(where, "at least one sample", f"shape {tuple(tensor.shape)}")
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise ArtifactError(where, "values that are not NaN", f"{int(tensor.isnan().sum())} NaN")
+
+
+def load_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Load an exported TorchScript file to run it.
+
+    Raises:
+        ArtifactError: no such file, not one of ours, or one that this build of torch cannot run.
+    """
+    return Artifact(read_bytes(path), f"artifact {os.fspath(path)!r}")
+
+
+def run_all(data: bytes, inputs: list[np.ndarray], where: str = "artifact") -> dict[str, np.ndarray]:
+    """Run an artifact and keep every variable in it.
+
+    Returns:
+        By tensor id, what the variable held: codes as int8 of the integer model, anything else as it is.
+    """
+    archive = decode(data, where)
+    program = parse(archive, where)
+    module = loaded(encode(dataclasses.replace(archive, code=_keeping(archive, program))), where)
+    with torch.no_grad():
+        values = module(*(torch.from_numpy(np.ascontiguousarray(v)) for v in inputs))
+    names = [*program.inputs, *(s.name for s in program.statements)]
+    described = facts(archive, where)["tensors"]
+    found = {described[n]["id"]: v.numpy() for n, v in zip(names, values, strict=True) if n in described}
+    return {i: _signed(v) for i, v in found.items()}
+
+
+def _signed(value: np.ndarray) -> np.ndarray:
+    """uint8 codes as those of the integer model."""
+    return (value.astype(np.int16) - SHIFT_OF_CODES).astype(np.int8) if value.dtype == np.uint8 else value
+
+
+def _keeping(archive: Archive, program: Program) -> str:
+    """The code with a `forward` that returns a copy of every variable, since kernels may write into their inputs."""
+    tree = ast.parse(archive.code)
+    owner = next(n for n in tree.body if isinstance(n, ast.ClassDef))
+    forward = next(n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
+    names = [*program.inputs, *(s.name for s in program.statements)]
+    lines = [ast.unparse(node) for node in forward.body[:-1]]
+    first = len(program.inputs)
+    kept = [f"kept_{i} = torch.clone({n})" for i, n in enumerate(names)]
+    body = kept[:first] + [line for pair in zip(lines, kept[first:], strict=True) for line in pair]
+    arguments = "".join(f", {n}: Tensor" for n in program.inputs)
+    head = f"def forward(self: {MODULE}.{CLASS}{arguments}) -> List[Tensor]:"
+    result = f"return [{', '.join(f'kept_{i}' for i in range(len(names)))}]"
+    text = "\n".join([head, *(f"  {line}" for line in body), f"  {result}"])
+    owner.body[owner.body.index(forward)] = ast.parse(text).body[0]
+    return f"{ast.unparse(tree)}\n"

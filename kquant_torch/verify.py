@@ -1,0 +1,120 @@
+"""`verify` for TorchScript artifacts: every op as in `kquant.core.verification`, and every parameter in the file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from kquant.core.calibration import batches
+from kquant.core.files import read_bytes
+from kquant.core.integer import IntegerModel, IntOp
+from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
+from kquant.core.parity import MEAN_ERROR_LIMIT, ParityReport
+from kquant.core.verification import Verification, check_same
+from kquant_torch.archive import Archive, decode
+from kquant_torch.emit import SHIFT_OF_CODES
+from kquant_torch.export import integer_model, quantized_graph
+from kquant_torch.program import Program, array_of, calls, dotted, parse
+from kquant_torch.run import facts, run_all
+from kquant_torch.target import ONEDNN
+
+
+def verify(qmodel: Any, path: str | os.PathLike, data: Any) -> ParityReport:
+    """Compare an artifact with the trained model.
+
+    Args:
+        qmodel: the trained quantized model.
+        path: the file that was exported from it.
+        data: samples or batches, as `calibration_data` of `wrap`.
+
+    Returns:
+        A `ParityReport`.
+
+    Raises:
+        ArtifactError: not a file of ours, or one that lacks a tensor of this model.
+        CalibrationError: data that does not fit the model.
+    """
+    graph = quantized_graph(qmodel)
+    return verify_graph(graph, integer_model(graph), read_bytes(path), os.fspath(path), data)
+
+
+def verify_graph(graph: Any, model: IntegerModel, content: bytes, path: str, data: Any) -> ParityReport:
+    """`verify` for a quantized graph and its integer model."""
+    where = f"artifact {path!r}"
+    archive = decode(content, where)
+    program, described = parse(archive, where), facts(archive, where)["tensors"]
+    variables = {d["id"]: name for name, d in described.items()}
+    check_same(model, set(variables), where)
+    problems, checked = compare_parameters(model, archive, program, variables)
+    run = Verification(graph, model, ONEDNN, _File(content, where))
+    for feeds in batches(data, graph):
+        run.batch(feeds)
+    return run.report(path, problems, checked)
+
+
+class _File:
+    """A TorchScript artifact for `Verification`."""
+
+    def __init__(self, content: bytes, where: str):
+        self.content, self.where = content, where
+
+    def run(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
+        return run_all(self.content, values, self.where)
+
+    def bias_slack(self, op: IntOp) -> float:
+        return 0.0  # a float32 bias has no unit
+
+    def mean_bound(self, op: IntOp) -> float:
+        return MEAN_ERROR_LIMIT
+
+    def class_axis(self, rank: int) -> int:
+        return 1 if rank >= 4 else -1
+
+
+def compare_parameters(
+    model: IntegerModel, archive: Archive, program: Program, variables: dict[str, str]
+) -> tuple[list[str], int]:
+    """What in the file is not as trained, in words, and how many arrays and grids were compared."""
+    stated = program.grids()
+    grids: dict[str, set[Grid | None]] = {
+        tensor: {(np.float32(scale), int(zero_point) - SHIFT_OF_CODES) for scale, zero_point in stated[name]}
+        for tensor, name in variables.items()
+        if name in stated
+    }
+    problems, checked = compare_grids(model, grids)
+    expressions = {s.name: s.expression for s in program.statements}
+    for op in model.ops:
+        if op.weight is None:
+            continue
+        found = _found(op, program, archive, expressions.get(variables[op.outputs[0]]))
+        checked += 2
+        if isinstance(found, str):
+            problems.append(f"op {op.id!r}: {found}")
+        else:
+            problems += compare_weight(op, found, model, ONEDNN.accumulator)
+    return problems, checked
+
+
+def _found(op: IntOp, program: Program, archive: Archive, expression: Any) -> Found | str:
+    """The kernel that an op's statement runs, or what is wrong with it."""
+    used = [c for c in calls(expression) if "kernel" in program.arguments(c)] if expression is not None else []
+    if len(used) != 1:
+        return "its kernel is not in the file"
+    arguments = program.arguments(used[0])
+    packed = program.arguments(program.packed[dotted(arguments["kernel"]).removeprefix("self.")])
+    if "x_zero_point" in packed and any(
+        np.float64(packed[n].value) != np.float64(arguments[n].value) for n in ("x_scale", "x_zero_point")
+    ):
+        return "its kernel was prepacked for another input grid"
+    codes = _by_channel(op, array_of(packed["kernel"], archive))
+    scale, bias = (array_of(arguments[n], archive) for n in ("kernel_scale", "bias"))
+    return Found(codes, scale, bias.astype(np.float64), None)
+
+
+def _by_channel(op: IntOp, codes: np.ndarray) -> np.ndarray:
+    """Codes as (products, output channels), in the order of the trained kernel."""
+    if op.kind == "conv2d_transpose":
+        codes = np.flip(codes, tuple(range(2, codes.ndim)))
+    return codes.reshape(codes.shape[0], -1).T
