@@ -11,6 +11,10 @@ from kquant.core.errors import (
     UnsupportedError,
 )
 from kquant_torch.api import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, calibrate, plan, wrap
+from kquant_torch.audit import audit
+from kquant_torch.export import export_torchscript
+from kquant_torch.run import load_artifact
+from kquant_torch.verify import verify
 
 __all__ = [
     "ArtifactError",
@@ -24,7 +28,11 @@ __all__ = [
     "QAT_Quantizer",
     "RangeError",
     "UnsupportedError",
+    "audit",
     "calibrate",
+    "export_torchscript",
+    "load_artifact",
     "plan",
+    "verify",
     "wrap",
 ]
