@@ -373,11 +373,14 @@ class Placer:
         return entry is None or not entry.exclude
 
     def _reaching_outputs(self) -> set[str]:
-        """Tensors that are model outputs, directly or through ops that keep the scale."""
+        """Tensors that are model outputs, directly or through ops that keep the scale.
+
+        The logits of a final softmax or sigmoid are among them: a model that leaves it to the loss has them as outputs.
+        """
         reached = set(self.graph.outputs)
         for op in reversed(self.graph.ops):
             row = self.target.row(op.kind)
-            keeps = row.placement in (Placement.SHARED, Placement.IDENTITY)
+            keeps = row.placement in (Placement.SHARED, Placement.IDENTITY, Placement.FIXED)
             if keeps and op.kind != "relu" and reached & set(op.outputs):
                 reached.update(op.inputs)
         return reached

@@ -265,3 +265,16 @@ def test_sixteen_bits_are_refused_by_name_where_the_kernel_is_too_coarse():
     net = graph(("up", "conv2d_transpose", "x"), ("c", "conv2d", ["up"]))
     with pytest.raises(UnsupportedError, match=r"'up'.*16-bit.*q_bits"):
         placed(net, DEFAULT, {"q_bits": {"weight": 8, "output": 16}, "op_names": ["up"]})
+
+
+# -- the ends of the model --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", ["softmax", "sigmoid", None])
+def test_logits_are_8_bits_whether_or_not_the_model_holds_its_last_function(last):
+    ops = [("hidden", "dense", ["x"]), ("logits", "dense", ["hidden"])]
+    model = graph(*ops, *([("y", last, ["logits"])] if last else []))
+    plan = placed(model, {**DEFAULT, "q_bits": 4})
+    assert (spec(plan, "hidden").bits, spec(plan, "logits").bits) == (4, 8)
+    plan = placed(model, {**DEFAULT, "q_bits": 4}, {"q_bits": 4, "op_names": ["logits"]})
+    assert spec(plan, "logits").bits == 4
