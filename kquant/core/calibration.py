@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,7 @@ class _Watch:
     def __init__(self, observer: str, limits: Mapping[str, tuple[np.float32, np.float32]]):
         self.observer, self.limits = observer, limits
         self.watchers: dict[tuple[str, int], Observer] = {}
+        self.typical: dict[tuple[str, int], _Typical] = {}
         self.clipped: dict[str, list[int]] = {}
 
     def __call__(self, op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
@@ -134,7 +136,9 @@ class _Watch:
             key = (op.attrs["spec"], site)
             if key not in self.watchers:
                 self.watchers[key] = make_observer(self.observer, quantizer.bits, quantizer.symmetric, quantizer.nonneg)
-            self.watchers[key].update(np.asarray(inputs[0], np.float32), op.inputs[0])
+            values = np.asarray(inputs[0], np.float32)
+            self.watchers[key].update(values, op.inputs[0])
+            self.typical.setdefault(key, _Typical()).update(values)
         elif op.attrs.get("unit"):
             values = np.asarray(inputs[0])
             tally = self.clipped.setdefault(op.inputs[0], [0, 0])
@@ -152,15 +156,29 @@ class _Watch:
             if op.id in self.limits:
                 quantizer.set_range(*self.limits[op.id], op.attrs["site"], held=True)
             elif key in self.watchers:
-                watcher = self.watchers[key]
-                low, high = watcher.range(op.inputs[0])
-                shares = (_share(float(low), watcher.lo), _share(float(high), watcher.hi))
-                quantizer.set_range(low, high, op.attrs["site"], shares)
+                low, high = self.watchers[key].range(op.inputs[0])
+                quantizer.set_range(low, high, op.attrs["site"], self.typical[key].shares(float(low), float(high)))
 
 
-def _share(chosen: float, extreme: float) -> float:
-    """How much of the data's extreme a range covers; all of it where there is nothing to cut."""
-    return float(min(chosen / extreme, 1.0)) if extreme and chosen * extreme > 0 else 1.0
+@dataclass
+class _Typical:
+    """The mean over batches of a tensor's least and greatest value: what a moving average in training will find."""
+
+    low: float = 0.0
+    high: float = 0.0
+    batches: int = 0
+
+    def update(self, values: np.ndarray) -> None:
+        """Take in one batch."""
+        self.batches += 1
+        self.low += (float(values.min(initial=0.0)) - self.low) / self.batches
+        self.high += (float(values.max(initial=0.0)) - self.high) / self.batches
+
+    def shares(self, low: float, high: float) -> tuple[float, float]:
+        """How much of a batch's extremes a range covers, so that training keeps to it; all where there is no cut."""
+        pairs = ((low, self.low), (high, self.high))
+        below, above = (min(chosen / extreme, 1.0) if chosen * extreme > 0 else 1.0 for chosen, extreme in pairs)
+        return below, above
 
 
 def _warn_clipped(clipped: dict[str, list[int]]) -> None:

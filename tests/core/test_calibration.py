@@ -1,0 +1,53 @@
+"""Calibration hands ranges to the quantizers, with the share of a batch's extremes that training is to keep to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kquant.core.calibration import calibrate
+from kquant.core.graph import Graph, Op, Tensor
+
+
+class Quantizer:
+    """Records what it is given."""
+
+    def __init__(self, bits: int):
+        self.bits, self.symmetric, self.nonneg = bits, False, False
+
+    def set_range(self, low, high, site, covered=(1.0, 1.0), held=False):
+        self.low, self.high, self.covered = float(low), float(high), covered
+
+
+def calibrated(bits: int, batches: list[np.ndarray], observer: str) -> Quantizer:
+    quantizer = Quantizer(bits)
+    double = Op("a", "elementwise", ("x",), ("a",), call=lambda v, float_weights=False: [np.asarray(v[0]) * 2])
+    attrs = {"quantizer": quantizer, "site": 0, "spec": "a"}
+    marker = Op("q", "fake_quant", ("a",), ("q",), attrs, call=lambda v, float_weights=False: v)
+    tensors = {t: Tensor(t, (None, 1000)) for t in "xaq"}
+    calibrate(Graph((double, marker), tensors, ("x",), ("q",), input_names=("x",)), batches, observer)
+    return quantizer
+
+
+# Mostly small values, with tails up to 5 and to 1 that the op doubles: batch maxima of 10 and 2, so that a moving average
+# settles around 6.
+TAILED = np.linspace(0, 1, 1000, dtype=np.float32)[None] ** 6
+BATCHES = [TAILED * 5, TAILED]
+
+
+def test_a_cut_is_kept_relative_to_what_a_batch_reaches():
+    found = calibrated(2, BATCHES, "mse")
+    assert 0 < found.high < 6
+    assert found.covered == (1.0, pytest.approx(found.high / 6))
+
+
+def test_training_starts_where_calibration_ended():
+    """Batches of a kind: moving averages of their extremes, times the share, give the calibrated range again."""
+    alike = [np.roll(BATCHES[0], k) for k in range(4)]
+    found = calibrated(2, alike, "mse")
+    assert found.high < 9
+    assert found.covered[1] * 10 == pytest.approx(found.high)
+
+
+def test_ranges_over_all_values_follow_the_batches():
+    assert calibrated(8, BATCHES, "minmax").covered == (1.0, 1.0)
