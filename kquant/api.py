@@ -18,8 +18,9 @@ OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
 
 
 # The package in which a model's class, or one of its bases, is defined, and our front end for it. The first that is
-# found counts: Keras models of both generations also have bases from TensorFlow.
-FRONT_ENDS = {"keras": "kquant.keras3"}
+# found counts: Keras models of both generations also have bases from TensorFlow. Graphs and sessions are TensorFlow's
+# own; a graph with its inputs and outputs selected is ours.
+FRONT_ENDS = {"keras": "kquant.keras3", "kquant": "kquant.tf1", "tensorflow": "kquant.tf1"}
 ELSEWHERE = {"tf_keras": "a tf_keras (Keras 2) model", "torch": "a PyTorch module; kquant_torch is for these"}
 
 

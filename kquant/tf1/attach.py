@@ -1,0 +1,198 @@
+"""Rewrite a graph in place so that it trains, or evaluates, what a plan describes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.core.errors import ModelError
+from kquant.core.plan import Plan, Site, Spec, WeightSpec
+from kquant.core.reports import Report
+from kquant.core.weights import weight_formula
+from kquant.tf1 import marks
+from kquant.tf1.graphs import GraphModel, as_model, check_can_rewrite, remember, tensor_id
+from kquant.tf1.match import Found
+from kquant.tf1.ranges import Range
+from kquant.tf1.read import complete, read_with_source
+from kquant.tf1.rewire import Slot, readers, redirect, slots
+from kquant.tf1.state import State
+from kquant.tf_numerics import EMA_DECAY, quantized_weight, weight_codes, with_quantized_gradient
+
+SCOPE = "kquant"
+
+
+@dataclass(frozen=True)
+class RewriteReport(Report):
+    """What a quantizer did to a graph.
+
+    Args:
+        training: whether observers update when the graph runs.
+        inputs, outputs: names of the tensors between which it was quantized.
+        activations: number of fake quantizations of activations.
+        kernels: number of fake-quantized kernels.
+        ops_added, variables_added: how many graph ops and variables there are more than before.
+    """
+
+    title: ClassVar[str] = "Quantized graph"
+
+    training: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    activations: int
+    kernels: int
+    ops_added: int
+    variables_added: int
+
+    def facts(self) -> list[tuple[str, Any]]:
+        """All of it."""
+        return [
+            ("form", "training" if self.training else "evaluation"),
+            ("inputs", self.inputs),
+            ("outputs", self.outputs),
+            ("activations quantized", self.activations),
+            ("kernels quantized", self.kernels),
+            ("ops added", self.ops_added),
+            ("variables added", self.variables_added),
+        ]
+
+
+class Rewriter:
+    """Applies a plan to a graph. Use `attach`."""
+
+    def __init__(self, plan: Plan, model: GraphModel):
+        self.plan, self.model, self.graph = plan, model, model.graph
+        self.read, source = read_with_source(model)
+        self.depends = source.matcher.depends
+        self.state = State(self.graph)
+        self.ranges: dict[str, Range] = {}
+        self.quantized: dict[str, Any] = {}  # what the integer readers of a tensor see
+        self.activations = self.kernels = 0
+
+    def run(self) -> None:
+        """Insert everything."""
+        found = {op.id: op.source for op in self.read.ops}
+        # All places are looked up before the first of them changes.
+        places = {op_id: slots(f, self.depends) for op_id, f in found.items()}
+        for name in self.read.inputs:
+            self._sites(name, by_integer=False, places=places)
+        for op in self.read.ops:
+            self._op(op, found[op.id], places)
+
+    def _op(self, op: Any, found: Found, places: dict[str, list[list[Slot]]]) -> None:
+        for index in range(len(op.inputs)):
+            edge = self.plan.edges.get((op.id, index))
+            if edge is not None:
+                self._edge(op, index, edge, places[op.id][index])
+        if op.id in self.plan.weights:
+            self._kernel(op, found, self.plan.weights[op.id])
+        for tensor in op.outputs:
+            self._sites(tensor, op.id in self.plan.integer, places)
+
+    # -- activations ----------------------------------------------------------------------------------------------
+
+    def _sites(self, name: str, by_integer: bool, places: dict[str, list[list[Slot]]]) -> None:
+        """The fake quantizations of a tensor: all its readers see those of an integer op, else the integer ones do."""
+        for site in self.plan.sites.get(name, ()):
+            source = self.quantized.get(name, self._raw(name))
+            if by_integer:
+                where = readers(source)
+            else:
+                integer = [op for op in self.read.ops if op.id in self.plan.integer]
+                where = [p for op in integer for t, ps in zip(op.inputs, places[op.id], strict=True) if t == name
+                         for p in ps]  # fmt: skip
+            self.quantized[name] = self._fake_quantize(source, name, site, where, by_integer)
+
+    def _edge(self, op: Any, index: int, site: Site, where: list[Slot]) -> None:
+        source = self.quantized.get(op.inputs[index], self._raw(op.inputs[index]))
+        self._fake_quantize(source, f"{op.id}/operand{index}", site, where, False)
+
+    def _raw(self, name: str) -> Any:
+        return self.graph.get_tensor_by_name(name if ":" in name else f"{name}:0")
+
+    def _fake_quantize(self, source: Any, name: str, site: Site, where: list[Slot], replaces: bool) -> Any:
+        spec = self.plan.specs[site.spec]
+        if spec.id not in self.ranges:
+            self.ranges[spec.id] = self._range(spec)
+        with tf.name_scope(f"{SCOPE}/{_scope(name)}/"):
+            result = self.ranges[spec.id].apply(source, site, replaces)
+        redirect([p for p in where if not p[0].name.startswith(f"{SCOPE}/{_scope(name)}/")], result)
+        self.activations += 1
+        return result
+
+    def _range(self, spec: Spec) -> Range:
+        decay = 1.0 if spec.naive else EMA_DECAY
+        return Range(spec, f"{SCOPE}/{_scope(spec.id)}", self.state, decay, self.model.training)
+
+    # -- kernels --------------------------------------------------------------------------------------------------
+
+    def _kernel(self, op: Any, found: Found, spec: WeightSpec) -> None:
+        kernel = found.kernel
+        if kernel is None:
+            raise ModelError(f"op {op.id!r}", "an op with a kernel", op.kind)
+        axes = kernel.axes if spec.per_channel else None
+        formula = weight_formula(spec.quantizer, spec.bits, axes)
+        scope = f"{SCOPE}/{_scope(kernel.op.name)}/kernel/"
+        with tf.name_scope(scope):
+            codes, scale = weight_codes(formula, kernel.tensor)
+            value = quantized_weight(formula, kernel.tensor)
+            started = self.state.started(spec.start_step)
+            result = tf.identity(value if started is None else tf.where(started, value, kernel.tensor), "quantized")
+        marks.put(
+            result.op, marks.WEIGHT, kernel=kernel.tensor.name, codes=codes.name, scale=scale.name, axes=axes,
+            quantizer=spec.quantizer, bits=spec.bits, start_step=spec.start_step,
+            step=self.state.step_name(spec.start_step),
+        )  # fmt: skip
+        redirect([(kernel.op, kernel.slot)], result)
+        self.kernels += 1
+        if spec.gradient_bits and self.model.training:
+            self._gradient(kernel.op, spec, started)
+
+    def _gradient(self, op: Any, spec: WeightSpec, started: Any) -> None:
+        """Quantize the gradient with respect to what a kernel's op makes, before its bias."""
+        output = op.outputs[0]
+        scope = f"{SCOPE}/{_scope(op.name)}/gradient"
+        draws = self.state.variable(f"{scope}/draws", np.int32(0))
+        where = readers(output)
+        with tf.name_scope(f"{scope}/"):
+            draw = draws.assign_add(1, read_value=True)
+            result = tf.identity(with_quantized_gradient(output, spec.gradient_bits, (op.name, draw), started))
+        marks.put(result.op, marks.GRADIENT, input=output.name)
+        redirect(where, result)
+
+
+def _scope(name: str) -> str:
+    """A name as part of a scope."""
+    return re.sub(r"[^A-Za-z0-9_.\-/]", "_", name)
+
+
+def attach(plan: Plan, value: Any) -> GraphModel:
+    """Rewrite a graph in place.
+
+    Args:
+        plan: for the graph as it was read.
+        value: the graph, a session on it, or a `GraphModel`.
+
+    Returns:
+        The rewritten graph with its inputs and outputs.
+
+    Raises:
+        ModelError: a graph that is finalized, quantized already, or holds training ops.
+    """
+    model = complete(as_model(value))
+    graph = model.graph
+    check_can_rewrite(graph)
+    before = len(graph.get_operations())
+    with graph.as_default(), tf.control_dependencies(None):
+        rewriter = Rewriter(plan, model)
+        rewriter.run()
+        remember(model)
+    model.values.set(rewriter.state.first, changed=False)
+    report = RewriteReport(
+        model.training, tuple(map(tensor_id, model.inputs)), tuple(map(tensor_id, model.outputs)),
+        rewriter.activations, rewriter.kernels, len(graph.get_operations()) - before, len(rewriter.state.first),
+    )  # fmt: skip
+    return replace(model, report=report)

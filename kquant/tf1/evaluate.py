@@ -1,0 +1,196 @@
+"""Run parts of a graph on concrete arrays, in a graph and a session of their own.
+
+The nodes are the trained graph's own, with their attributes; what is cut off around them is fed: data, the values of
+variables, and the moving statistics in the place of batch statistics. Nothing of the user's graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework import graph_pb2, node_def_pb2
+
+from kquant.tf1.values import Values, variable_of
+
+BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+_GATHERS = ("ResourceGather",)
+
+
+@dataclass(frozen=True)
+class _Island:
+    """A part of the graph as it was imported: a tensor to feed for each name, and what to fetch."""
+
+    feeds: dict[str, Any]
+    variables: dict[str, Any]
+    fetches: list[Any]
+
+
+@dataclass
+class _Nodes:
+    """The nodes of an island while it is collected."""
+
+    nodes: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)  # of a placeholder's name, the variable's
+    todo: list[Any] = field(default_factory=list)
+
+
+class Evaluator:
+    """Evaluates tensors of a graph from given values of other tensors.
+
+    Args:
+        graph: the user's graph.
+        values: of its variables.
+        statistics: for a batch statistic (tensor name), the variable op that holds its moving average.
+    """
+
+    def __init__(self, graph: Any, values: Values, statistics: Mapping[str, str]):
+        self.graph, self.values, self.statistics = graph, values, statistics
+        self._islands: dict[Any, _Island] = {}
+        self._functions: dict[Any, tuple[list[Any], list[Any]]] = {}
+        self._own = tf.Graph()
+        self._session: Any = None
+
+    def run(
+        self,
+        feeds: Mapping[str, Any],
+        fetches: Sequence[str],
+        replaced: Mapping[str, str] | None = None,
+    ) -> list[np.ndarray]:
+        """Values of some tensors.
+
+        Args:
+            feeds: arrays by tensor name.
+            fetches: tensor names.
+            replaced: tensors that are taken in the place of others, by name.
+        """
+        arrays = {name: np.asarray(value) for name, value in feeds.items()}
+        replaced = replaced or {}
+        key = (tuple((n, a.dtype.str) for n, a in arrays.items()), tuple(fetches), tuple(replaced.items()))
+        if key not in self._islands:
+            self._islands[key] = self._build(arrays, fetches, replaced)
+        island = self._islands[key]
+        values = self.values.get(island.variables)
+        table = {island.feeds[n]: a for n, a in arrays.items() if n in island.feeds}
+        table.update({tensor: values[name] for name, tensor in island.variables.items()})
+        return list(self._run(island.fetches, table))
+
+    def apply(self, key: Any, function: Callable[..., Sequence[Any]], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run a function of tensors on arrays; it is traced once for each `key`."""
+        if key not in self._functions:
+            with self._own.as_default():
+                feeds = [tf.compat.v1.placeholder(a.dtype, [None] * a.ndim) for a in arrays]
+                self._functions[key] = feeds, list(function(*feeds))
+        feeds, fetches = self._functions[key]
+        return list(self._run(fetches, dict(zip(feeds, arrays, strict=True))))
+
+    def _run(self, fetches: list[Any], table: dict[Any, Any]) -> list[np.ndarray]:
+        if self._session is None:
+            config = tf.compat.v1.ConfigProto()
+            config.graph_options.rewrite_options.disable_meta_optimizer = True  # these parts are small
+            self._session = tf.compat.v1.Session(graph=self._own, config=config)
+        found: list[np.ndarray] = self._session.run(fetches, table)
+        return found
+
+    def close(self) -> None:
+        """Free the session."""
+        if self._session is not None:
+            self._session.close()
+
+    __del__ = close
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def _build(self, arrays: Mapping[str, np.ndarray], fetches: Sequence[str], replaced: Mapping[str, str]) -> _Island:
+        part = _Nodes()
+        names = [self._resolve(self.graph.get_tensor_by_name(n), arrays, replaced, part) for n in fetches]
+        seen: set[str] = set()
+        while part.todo:
+            op = part.todo.pop()
+            if op.name not in seen:
+                seen.add(op.name)
+                self._node(op, arrays, replaced, part)
+        definition = graph_pb2.GraphDef()
+        definition.node.extend(part.nodes.values())
+        if any(self._calls_functions(node) for node in part.nodes.values()):
+            definition.library.CopyFrom(self.graph.as_graph_def().library)
+        prefix = f"part{len(self._islands)}"
+        with self._own.as_default():
+            tf.import_graph_def(definition, name=prefix)
+        own = {name: self._own.get_tensor_by_name(f"{prefix}/{name}:0") for name in part.nodes}
+        fed = {n: own[_placeholder(n)] for n in arrays if _placeholder(n) in own}
+        variables = {v: own[p] for p, v in part.variables.items()}
+        return _Island(fed, variables, [self._own.get_tensor_by_name(f"{prefix}/{n}") for n in names])
+
+    @staticmethod
+    def _calls_functions(node: Any) -> bool:
+        return any(value.HasField("func") for value in node.attr.values()) or "Call" in node.op
+
+    def _resolve(self, tensor: Any, arrays: Mapping[str, Any], replaced: Mapping[str, str], part: _Nodes) -> str:
+        """The name under which a tensor is read inside the part; its op is noted as still to be collected."""
+        while tensor.name in replaced and tensor.name not in arrays:
+            tensor = self.graph.get_tensor_by_name(replaced[tensor.name])
+        if tensor.name in arrays:
+            return self._fed(_placeholder(tensor.name), arrays[tensor.name].dtype, part)
+        statistic = self.statistics.get(tensor.name)
+        variable = self.graph.get_operation_by_name(statistic) if statistic else variable_of(tensor)
+        if variable is not None and (statistic or tensor.dtype != tf.resource):
+            dtype = tf.dtypes.as_dtype(variable.get_attr("dtype")).as_numpy_dtype
+            name = self._fed(_placeholder(variable.name), dtype, part)
+            part.variables[name.removesuffix(":0")] = variable.name
+            return name
+        part.todo.append(tensor.op)
+        return str(tensor.name)
+
+    @staticmethod
+    def _fed(name: str, dtype: Any, part: _Nodes) -> str:
+        if name not in part.nodes:
+            node = node_def_pb2.NodeDef(name=name, op="Placeholder")
+            node.attr["dtype"].type = tf.dtypes.as_dtype(dtype).as_datatype_enum
+            node.attr["shape"].shape.unknown_rank = True
+            part.nodes[name] = node
+        return f"{name}:0"
+
+    def _node(self, op: Any, arrays: Mapping[str, Any], replaced: Mapping[str, str], part: _Nodes) -> None:
+        node = node_def_pb2.NodeDef()
+        node.CopyFrom(op.node_def)
+        node.device = ""
+        for attribute in [a for a in node.attr if a.startswith("_")]:
+            del node.attr[attribute]
+        inputs = list(op.inputs)
+        if op.type in BATCH_NORMS and op.get_attr("is_training"):
+            # In inference form, on the moving averages of its batch statistics.
+            node.attr["is_training"].b = False
+            inputs = [*inputs[:3], *op.outputs[1:3]]
+        if op.type in _GATHERS:
+            table, axis = self._gather(op, node, part)
+            node.input[:] = [table, self._resolve(op.inputs[1], arrays, replaced, part), axis]
+        else:
+            node.input[:] = [self._resolve(t, arrays, replaced, part) for t in inputs]
+        part.nodes[op.name] = node
+
+    def _gather(self, op: Any, node: Any, part: _Nodes) -> tuple[str, str]:
+        """Make a look-up straight in a resource one in its value; returns the names of the table and the axis."""
+        variable = variable_of(op.inputs[0])
+        dtype = tf.dtypes.as_dtype(variable.get_attr("dtype"))
+        table = self._fed(_placeholder(variable.name), dtype.as_numpy_dtype, part)
+        part.variables[table.removesuffix(":0")] = variable.name
+        axis = node_def_pb2.NodeDef(name=f"{op.name}/axis", op="Const")
+        axis.attr["dtype"].type = tf.int32.as_datatype_enum
+        axis.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(0, tf.int32))
+        part.nodes[axis.name] = axis
+        node.op = "GatherV2"
+        for attribute in [a for a in node.attr if a != "batch_dims"]:
+            del node.attr[attribute]
+        node.attr["Tparams"].type = dtype.as_datatype_enum
+        node.attr["Tindices"].type = op.inputs[1].dtype.as_datatype_enum
+        node.attr["Taxis"].type = tf.int32.as_datatype_enum
+        return table, f"{axis.name}:0"
+
+
+def _placeholder(name: str) -> str:
+    """The name of the placeholder that stands for a tensor or a variable."""
+    return f"fed/{name.replace(':', '_output_')}"

@@ -1,0 +1,193 @@
+"""Recognize what the ops of a graph compute together: from a tensor to the op of the neutral graph that makes it.
+
+Handlers are entered by graph op type. They look backwards from a tensor: a `BiasAdd` behind a convolution that nothing
+else reads is that convolution with a bias, a product with a vector is a scale per channel, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.core.graph import Weight
+from kquant.tf1 import marks
+from kquant.tf1.evaluate import Evaluator
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The kernel of a weighted op.
+
+    Args:
+        op, slot: the graph op that reads it, and as which input.
+        tensor: what it reads: the float kernel, or in a quantized graph the fake-quantized one.
+        axes: of that tensor that share a scale; None for one scale.
+        transposed: the neutral graph holds it with its two axes exchanged.
+    """
+
+    op: Any
+    slot: int
+    tensor: Any
+    axes: tuple[int, ...] | None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """An op of the neutral graph, in terms of the TensorFlow graph.
+
+    Args:
+        kind: a row of the operator table, or `opaque`.
+        sources: the tensors it reads, or arrays where an operand is constant.
+        output: the tensor it makes.
+        anchor: the graph op that gives it its name and type.
+        attrs: as in `kquant.core.graph.Op`.
+        weights: as there.
+        kernel: of a weighted op.
+        aliases: names of further graph ops that it computes.
+        call: where evaluating the graph's own nodes from `sources` to `output` is not it.
+    """
+
+    kind: str
+    sources: tuple[Any, ...]
+    output: Any
+    anchor: Any
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    kernel: Kernel | None = None
+    aliases: tuple[str, ...] = ()
+    call: Callable[..., list[Any]] | None = None
+
+    def then(self, op: Any, **changes: Any) -> Found:
+        """The same op with a further graph op in it, whose output is now its own."""
+        return replace(self, output=op.outputs[0], aliases=(*self.aliases, op.name), **changes)
+
+
+Handler = Callable[["Matcher", Any, int], "Found | str"]
+HANDLERS: dict[str, Handler] = {}
+
+
+def matches(*types: str) -> Callable[[Handler], Handler]:
+    """Enter a handler `(matcher, op, output index) -> Found, or the reason why it has no integer form`."""
+
+    def enter(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(types, handler))
+        return handler
+
+    return enter
+
+
+class Matcher:
+    """Matches tensors of one graph.
+
+    Args:
+        evaluator: evaluates parts of the graph.
+        depends: names of the tensors that depend on data; the others are parameters.
+        readers: whether a graph op belongs to what is being read, for "nothing else reads it".
+    """
+
+    def __init__(self, evaluator: Evaluator, depends: set[str], readers: Callable[[Any], bool]):
+        self.evaluator, self.depends, self.readers = evaluator, depends, readers
+        self.heights: dict[str, int] = {}  # of elementwise ops behind a tensor
+        self._found: dict[str, Found] = {}
+
+    def match(self, tensor: Any) -> Found:
+        """What makes a tensor that depends on data."""
+        from kquant.tf1 import match_affine, match_linear, match_ops  # noqa: F401  they enter their handlers
+
+        if tensor.name not in self._found:
+            self._found[tensor.name] = self._match(tensor)
+        return self._found[tensor.name]
+
+    def _match(self, tensor: Any) -> Found:
+        op = tensor.op
+        mark = marks.of(op)
+        if mark is not None and mark["kind"] == marks.FAKE_QUANT:
+            return Found("fake_quant", (self.tensor(mark["input"]),), tensor, op, {"mark": mark})
+        if mark is not None and mark["kind"] == marks.BATCH_NORM:
+            return replace(self.match(self.tensor(mark["input"])), output=tensor)
+        handler = HANDLERS.get(op.type)
+        found = handler(self, op, op.outputs.index(tensor)) if handler else f"{op.type} has no integer form"
+        if isinstance(found, Found):
+            return found
+        sources = tuple(t for t in op.inputs if t.name in self.depends)
+        return Found("opaque", sources, tensor, op, {"reason": found})
+
+    # -- used by the handlers -------------------------------------------------------------------------------------
+
+    def tensor(self, name: str) -> Any:
+        """A tensor of the graph by name."""
+        return self.evaluator.graph.get_tensor_by_name(name)
+
+    def is_parameter(self, tensor: Any) -> bool:
+        """Whether a tensor depends on variables and constants only."""
+        return tensor.name not in self.depends
+
+    def behind(self, tensor: Any) -> Any:
+        """What a tensor is without a gradient quantization on it."""
+        mark = marks.of(tensor.op, marks.GRADIENT)
+        return tensor if mark is None else self.tensor(mark["input"])
+
+    def static(self, tensor: Any) -> np.ndarray | None:
+        """The value of a tensor that is constant, or None."""
+        value = tf.get_static_value(tensor)
+        if value is None and self.is_parameter(tensor) and not self.reads_variables(tensor):
+            value = self.evaluator.run({}, [tensor.name])[0]
+        return value
+
+    def reads_variables(self, tensor: Any) -> bool:
+        """Whether a parameter depends on variables."""
+        todo, seen = [tensor], set()
+        while todo:
+            t = todo.pop()
+            if t.name in self.evaluator.statistics or t.dtype == tf.resource or t.op.type.startswith("Variable"):
+                return True
+            if t.name not in seen:
+                seen.add(t.name)
+                todo += list(t.op.inputs)
+        return False
+
+    def reader(self, tensor: Any, shape: tuple[int, ...] | None = None) -> Callable[[], np.ndarray]:
+        """A function that evaluates a parameter, in its own shape or another."""
+
+        def read() -> np.ndarray:
+            value = np.asarray(self.evaluator.run({}, [tensor.name])[0])
+            return value if shape is None else value.reshape(shape)
+
+        return read
+
+    def weight(self, tensor: Any, shape: tuple[int, ...] | None = None) -> Weight:
+        """A parameter as a weight."""
+        own = tuple(int(n) for n in tensor.shape) if shape is None else shape
+        return Weight(own, self.reader(tensor, own))
+
+    def is_read_once(self, tensor: Any, reader: Any) -> bool:
+        """Whether `reader` is the only op of what is being read that reads the tensor."""
+        return all(op is reader for op in tensor.consumers() if self.readers(op))
+
+    def channels(self, tensor: Any) -> int | None:
+        """The size of the last axis, if it is known."""
+        return None if not tensor.shape.rank else tensor.shape[-1]
+
+
+def caller(evaluator: Evaluator, found: Found) -> Callable[..., list[Any]]:
+    """The `call` of a found op: the graph's own nodes from its sources to its output."""
+    mark = None if found.kernel is None else marks.of(found.kernel.tensor.op, marks.WEIGHT)
+    float_kernel = {} if mark is None else {found.kernel.tensor.name: mark["kernel"]}  # type: ignore[union-attr]
+
+    def call(values: Any, float_weights: bool = False) -> list[Any]:
+        pairs = zip(found.sources, values, strict=True)
+        feeds = {t.name: np.asarray(v) for t, v in pairs if isinstance(t, tf.Tensor)}
+        feeds = {n: _as(v, evaluator.graph.get_tensor_by_name(n).dtype) for n, v in feeds.items()}
+        return evaluator.run(feeds, [found.output.name], float_kernel if float_weights else None)
+
+    return call
+
+
+def _as(value: np.ndarray, dtype: Any) -> np.ndarray:
+    """Values in the dtype of the tensor that they are fed for (an integer input that holds numbers comes as float)."""
+    return value.astype(dtype.as_numpy_dtype, copy=False)

@@ -1,0 +1,223 @@
+"""Read a TensorFlow 1 graph into the neutral graph, from its outputs back to its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import tensorflow as tf
+
+from kquant.core.errors import ModelError
+from kquant.core.graph import Graph, Op, Tensor
+from kquant.tf1 import marks
+from kquant.tf1.evaluate import Evaluator
+from kquant.tf1.graphs import GraphModel, as_model, remembered, tensor_id
+from kquant.tf1.match import Found, Matcher, caller
+from kquant.tf1.quantizers import RangeState, is_waiting
+from kquant.tf1.region import SOURCES, find
+from kquant.tf1.statistics import dependents, moving_averages
+
+NAME = "graph"
+
+
+def matcher_of(model: GraphModel, inputs: Any = (), readers: Callable[[Any], bool] = lambda op: True) -> Matcher:
+    """A matcher for a graph whose data comes in at `inputs`, or where data can come from at all."""
+    sources = [*inputs, *(t for op in model.graph.get_operations() if op.type in SOURCES for t in op.outputs)]
+    statistics = moving_averages(model.graph, dependents(sources))
+    # Behind the moving averages that stand for batch statistics there are only variables.
+    depends = dependents(sources, statistics)
+    return Matcher(Evaluator(model.graph, model.values, statistics), depends, readers)
+
+
+def complete(model: GraphModel) -> GraphModel:
+    """The model with its inputs and outputs: as given, as remembered from when it was quantized, or found."""
+    kept = remembered(model.graph)
+    if kept is not None:
+        model = replace(
+            model,
+            inputs=model.inputs or kept["inputs"],
+            outputs=model.outputs or kept["outputs"],
+            training=kept["training"],
+        )
+    elif not (model.inputs and model.outputs):
+        inputs, outputs = find(matcher_of(model, model.inputs), model.inputs, model.outputs)
+        model = replace(model, inputs=inputs, outputs=outputs)
+    for tensor in model.inputs:
+        if tensor.shape.rank is None:
+            fix = "Give its placeholder a shape, with None for sizes that vary"
+            raise ModelError(f"input {tensor.name!r}", "a tensor of known rank", "unknown rank", fix)
+    return model
+
+
+class Reader:
+    """Walks back from the outputs and collects the ops."""
+
+    def __init__(self, model: GraphModel):
+        self.model = model
+        self.finished = _finished(model.graph)
+        self.inputs = {t.name for t in model.inputs}
+        needed = _needed([self._final(t) for t in model.outputs], self.inputs)
+        self.matcher = matcher_of(model, model.inputs, lambda op: op.name in needed)
+        self.ops: list[Op] = []
+        self.found: dict[str, Found] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self.ranges: dict[str, RangeState] = {}
+
+    def _final(self, tensor: Any) -> Any:
+        """An output as its readers see it: behind its fake quantizations."""
+        while tensor.name in self.finished:
+            tensor = self.finished[tensor.name]
+        return tensor
+
+    def read(self) -> Graph:
+        """The neutral graph."""
+        model = self.model
+        for tensor in model.inputs:
+            self._tensor(tensor)
+        outputs = [self._final(t) for t in model.outputs]
+        for tensor in outputs:
+            self._walk(tensor)
+        self._numbers_are_float()
+        names = tuple(map(tensor_id, model.outputs))
+        return Graph(
+            tuple(self.ops),
+            self.tensors,
+            tuple(map(tensor_id, model.inputs)),
+            tuple(map(tensor_id, outputs)),
+            NAME,
+            tuple(map(tensor_id, model.inputs)),
+            names if len(set(names)) == len(names) else tuple(f"output_{i}" for i in range(len(names))),
+        )
+
+    # -- the walk -------------------------------------------------------------------------------------------------
+
+    def _walk(self, tensor: Any) -> None:
+        """Collect what makes a tensor, inputs first; not recursive, because graphs are deep."""
+        stack = [(tensor, False)]
+        while stack:
+            current, ready = stack.pop()
+            if tensor_id(current) in self.tensors and not ready:
+                continue
+            if ready:
+                if tensor_id(current) not in self.tensors:
+                    self._add(self.found[current.name])
+                continue
+            if self.matcher.is_parameter(current):
+                raise ModelError(f"tensor {current.name!r}", "it must depend on the inputs", "a tensor of weights only")
+            found = self.found[current.name] = self._match(current)
+            stack.append((current, True))
+            stack += [(t, False) for t in reversed(found.sources) if isinstance(t, tf.Tensor)]
+
+    def _match(self, tensor: Any) -> Found:
+        if tensor.op.type in SOURCES:
+            fix = f"Add {tensor.name!r} to inputs=, or choose outputs= that do not need it"
+            raise ModelError("inputs", "all data that the outputs depend on", f"no {tensor.name!r}", fix)
+        return self.matcher.match(tensor)
+
+    def _tensor(self, tensor: Any) -> str:
+        name = tensor_id(tensor)
+        if tensor.shape.rank is None:
+            fix = "Give it a shape with set_shape()"
+            raise ModelError(f"tensor {tensor.name!r}", "a tensor of known rank", "unknown rank", fix)
+        self.tensors[name] = Tensor(name, tuple(tensor.shape.as_list()), tensor.dtype.base_dtype.name)
+        return name
+
+    def _source(self, source: Any, near: str, index: int) -> str:
+        if isinstance(source, tf.Tensor):
+            return tensor_id(source)
+        name = f"{near}/constant" if not index else f"{near}/constant_{index}"
+        self.tensors[name] = Tensor(name, tuple(source.shape), str(source.dtype), source)
+        return name
+
+    def _add(self, found: Found) -> None:
+        name = self._tensor(found.output)
+        attrs, weights = dict(found.attrs), dict(found.weights)
+        call = found.call or caller(self.matcher.evaluator, found)
+        if found.kind == "fake_quant":
+            attrs = self._range_attrs(attrs["mark"])
+            call = attrs["quantizer"].call
+        elif "codes" in attrs:
+            attrs["is_waiting"] = partial(is_waiting, self.model.values, marks.of(found.kernel.tensor.op))
+        attrs["aliases"] = (found.anchor.name, *found.aliases)
+        self.ops.append(
+            Op(
+                name,
+                found.kind,
+                tuple(self._source(s, name, i) for i, s in enumerate(found.sources)),
+                (name,),
+                attrs,
+                weights,
+                found.anchor.name,
+                found.anchor.type,
+                call,
+                found,
+            )
+        )
+
+    def _range_attrs(self, mark: dict[str, Any]) -> dict[str, Any]:
+        spec = mark["spec"]
+        if spec not in self.ranges:
+            self.ranges[spec] = RangeState(mark, self.matcher.evaluator)
+        state = self.ranges[spec]
+        return {
+            "spec": spec,
+            "site": mark["site"],
+            "quantizer": state,
+            "unit": mark["fixed"] == [0.0, 1.0],
+            "boundary": mark["boundary"],
+            "is_waiting": state.is_waiting,
+        }
+
+    def _numbers_are_float(self) -> None:
+        """An integer input that no embedding looks up holds numbers (pixels), which the artifact takes as reals."""
+        ids = {t for op in self.ops if op.kind == "embedding" for t in op.inputs}
+        for op in reversed(self.ops):
+            if op.kind == "identity" and op.outputs[0] in ids:
+                ids.update(op.inputs)
+        for name, tensor in list(self.tensors.items()):
+            if tensor.constant is None and tensor.dtype != "float32":
+                self.tensors[name] = replace(tensor, dtype="int32" if name in ids else "float32")
+
+
+def _finished(graph: Any) -> dict[str, Any]:
+    """For a tensor that an integer op makes, its fake quantization, which all of its readers see."""
+    found = {}
+    for op in graph.get_operations():
+        mark = marks.of(op, marks.FAKE_QUANT) if op.type == "Identity" else None
+        if mark is not None and mark["replaces"]:
+            found[mark["input"]] = op.outputs[0]
+    return found
+
+
+def _needed(outputs: list[Any], inputs: set[str]) -> set[str]:
+    """Names of the graph ops that the outputs depend on, up to the inputs."""
+    todo, seen = [t.op for t in outputs], set()
+    while todo:
+        op = todo.pop()
+        if op.name not in seen:
+            seen.add(op.name)
+            todo += [t.op for t in op.inputs if t.name not in inputs]
+    return seen
+
+
+def read(value: Any) -> Graph:
+    """Read a graph.
+
+    Args:
+        value: a `tf.Graph`, a session on one, or a `GraphModel`.
+
+    Returns:
+        The neutral graph. The values of variables are those at the time when they are first asked for.
+
+    Raises:
+        ModelError: a graph in which no model can be found, or a tensor of unknown rank.
+    """
+    return read_with_source(complete(as_model(value)))[0]
+
+
+def read_with_source(model: GraphModel) -> tuple[Graph, Reader]:
+    """The neutral graph and the reader that knows the graph's own tensors."""
+    reader = Reader(model)
+    return reader.read(), reader

@@ -1,0 +1,109 @@
+"""Find the model in a graph that holds more than a model: its inputs and outputs, beside losses, metrics, summaries.
+
+The inputs are the data that reaches an op with a kernel. The model goes on from those ops for as long as every op has a
+counterpart in the artifact and depends on no other data, such as labels; where it ends are its outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kquant.core.errors import ModelError
+from kquant.core.int8_spec import row_of
+from kquant.tf1.match import Matcher
+from kquant.tf1.statistics import dependents
+
+SOURCES = (
+    "Placeholder", "PlaceholderV2", "PlaceholderWithDefault", "IteratorGetNext", "IteratorV2", "QueueDequeueV2",
+    "QueueDequeueManyV2", "QueueDequeueUpToV2", "FIFOQueueV2", "ReaderReadV2", "_Arg",
+)  # fmt: skip
+# Ops of a loss that come between the model's output and the reduction over the batch.
+_LOSS = ("Square", "SquaredDifference", "Abs", "Sub", "Neg")
+_KERNELS = (
+    "Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", "MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3",
+    "GatherV2", "Gather", "ResourceGather",
+)  # fmt: skip
+
+
+def find(m: Matcher, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Inputs and outputs of the model in a graph, those that are not given.
+
+    Raises:
+        ModelError: no op with a kernel, or no data that reaches one.
+    """
+    graph = m.evaluator.graph
+    kernels = [op for op in graph.get_operations() if op.type in _KERNELS and op.outputs[0].name in m.depends]
+    anchors = [op for op in kernels if m.match(op.outputs[0]).kernel is not None]
+    if not anchors and not outputs:
+        fix = "Name the ends of the model with inputs= and outputs="
+        raise ModelError("graph", "a graph with at least one op that has a trainable weight", "none", fix)
+    ends = [op.outputs[0] for op in anchors] or list(outputs)
+    reached = _behind(m, list(outputs) or ends)
+    if not inputs:
+        inputs = tuple(t for t in _sources(graph) if t.name in reached)
+    if not inputs:
+        raise ModelError("graph", "data that reaches an op with a weight (a placeholder)", "none", "Give inputs=")
+    return inputs, outputs or _outputs(m, ends, reached, {t.name for t in inputs})
+
+
+def _sources(graph: Any) -> list[Any]:
+    """Data that can come in: not flags and rates, which are single values."""
+    tensors = [t for op in graph.get_operations() if op.type in SOURCES for t in op.outputs]
+    return [t for t in tensors if t.dtype.name not in ("bool", "string", "resource", "variant") and t.shape.rank != 0]
+
+
+def _behind(m: Matcher, tensors: list[Any]) -> set[str]:
+    """Names of the tensors of the neutral graph that these depend on, themselves included."""
+    found, todo = set(), list(tensors)
+    while todo:
+        tensor = todo.pop()
+        if tensor.name not in found:
+            found.add(tensor.name)
+            if tensor.op.type not in SOURCES:
+                todo += [t for t in m.match(tensor).sources if hasattr(t, "op")]
+    return found
+
+
+def _outputs(m: Matcher, anchors: list[Any], reached: set[str], inputs: set[str]) -> tuple[Any, ...]:
+    # A placeholder of unknown shape beside the inputs is a rate or a flag, not data.
+    others = [t for t in _sources(m.evaluator.graph) if t.name not in inputs and t.shape.rank is not None]
+    foreign = dependents(others)
+    inside = set(reached)
+    order = {t.name: t for t in anchors}
+    todo = list(anchors)
+    while todo:
+        for op in todo.pop().consumers():
+            for tensor in op.outputs:
+                if tensor.name not in order and _belongs(m, tensor, foreign):
+                    order[tensor.name] = tensor
+                    inside.add(tensor.name)
+                    todo.append(tensor)
+    ends = [t for t in order.values() if not any(r.name in inside for op in t.consumers() for r in op.outputs)]
+    return tuple(dict.fromkeys(_before_loss(m, t) for t in ends))
+
+
+def _belongs(m: Matcher, tensor: Any, foreign: set[str]) -> bool:
+    """Whether a tensor behind the model still belongs to it."""
+    if tensor.name in foreign or tensor.name not in m.depends or not tensor.dtype.is_floating:
+        return False
+    if tensor.op.type in ("Identity", "IdentityN") and not tensor.consumers() and _is_read(m, tensor):
+        return False  # what a function with a gradient of its own hands on beside its result
+    return row_of(m.match(tensor).kind).placement.value != "opaque"
+
+
+def _is_read(m: Matcher, tensor: Any) -> bool:
+    """Whether others go on from what an unread identity hands on."""
+    (source,) = m.match(tensor).sources
+    return any(op is not tensor.op for op in source.consumers())
+
+
+def _before_loss(m: Matcher, tensor: Any) -> Any:
+    """The output that a loss starts from, if all that reads a tensor reduces it over the batch."""
+    readers = [op for op in tensor.consumers() if op.outputs]
+    reduces = readers and all(op.type in ("Mean", "Sum") and m.match(op.outputs[0]).kind == "opaque" for op in readers)
+    while reduces and tensor.op.type in _LOSS:
+        data = [t for t in tensor.op.inputs if not m.is_parameter(t) and t.op.type not in SOURCES]
+        if len(data) != 1:
+            break
+        tensor = data[0]
+    return tensor

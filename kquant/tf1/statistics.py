@@ -1,0 +1,72 @@
+"""Which variable holds the moving average of which batch statistic.
+
+A training graph normalizes by the statistics of its batch and updates their moving averages beside that. What is
+exported normalizes by the moving averages, so they are found from the ops that update them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from kquant.tf1 import marks
+from kquant.tf1.values import variable_of
+
+_ASSIGNS = (
+    "Assign", "AssignAdd", "AssignSub", "AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp",
+)  # fmt: skip
+# The arithmetic of an update: `v -= (v - s) * (1 - decay)`, `v = v * decay + s * (1 - decay)`, Bessel's correction.
+_ARITHMETIC = ("Sub", "Mul", "Add", "AddV2", "AddN", "Neg", "Identity", "Cast", "Select", "SelectV2")
+_SKIPPED = ("biased", "local_step")  # the helpers of a zero-debiased average
+
+
+def moving_averages(graph: Any, depends: set[str]) -> dict[str, str]:
+    """For every batch statistic (a tensor name), the op name of the variable that holds its moving average.
+
+    Args:
+        graph: the graph.
+        depends: names of the tensors that depend on data.
+    """
+    found: dict[str, str] = {}
+    for op in graph.get_operations():
+        if op.type not in _ASSIGNS or op.inputs[1].name not in depends:
+            continue
+        variable = variable_of(op.inputs[0])
+        if variable is None or variable.name.endswith(_SKIPPED) or not op.inputs[1].shape.rank:
+            continue
+        for statistic in _averaged(op.inputs[1], depends):
+            found.setdefault(statistic.name, variable.name)
+    return found
+
+
+def _averaged(value: Any, depends: set[str]) -> list[Any]:
+    """The data-dependent tensors that an update averages: where its arithmetic ends."""
+    found, todo, seen = [], [value], set()
+    while todo:
+        tensor = todo.pop()
+        if tensor.name in seen or tensor.name not in depends:
+            continue
+        seen.add(tensor.name)
+        mark = marks.of(tensor.op, marks.STATISTIC)
+        if mark is not None:  # a statistic that can be frozen stands for itself and for what is behind it
+            found += [tensor, tensor.graph.get_tensor_by_name(mark["input"])]
+        elif tensor.op.type in _ARITHMETIC:
+            todo += list(tensor.op.inputs)
+        elif tensor.shape.rank:
+            found.append(tensor)
+    return found
+
+
+def dependents(sources: list[Any], cut: Collection[str] = ()) -> set[str]:
+    """Names of the tensors that depend on any of these, other than through the tensors that are cut."""
+    found, todo = {t.name for t in sources}, list(sources)
+    while todo:
+        source = todo.pop()
+        for op in source.consumers():
+            made = list(op.outputs)
+            if op.type == "IdentityN":  # each output is its own input
+                made = [t for t, x in zip(made, op.inputs, strict=True) if x is source]
+            fresh = [t for t in made if t.name not in found and t.name not in cut]
+            found.update(t.name for t in fresh)
+            todo += fresh
+    return found
