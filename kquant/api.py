@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from kquant.core.calibration import calibrate
@@ -33,7 +34,12 @@ def front_end(model: Any) -> Any:
     - `attach(plan, model)`: the trainable quantized model;
     - `as_float32(model)`: the model itself, or a float32 copy of one that computes in less;
     - `take_state(model, exact)`: copy back what calibration set in that copy;
-    - `controlled(model)`: a `kquant.controls.Controlled`, or None for a float model.
+    - `controlled(model)`: a `kquant.controls.Controlled`, or None for a float model;
+
+    and where a model is part of something larger that is changed in place, as in a graph,
+
+    - `select(model, **which)`: the part that is meant (see `selected`);
+    - `deliver(model)`: what the caller gets of the quantized model.
 
     Raises:
         ModelError: not a model that kquant reads, saying which kind it is.
@@ -43,7 +49,34 @@ def front_end(model: Any) -> Any:
         if root in roots:
             return importlib.import_module(module)
     what = next((text for root, text in ELSEWHERE.items() if root in roots), type(model).__name__)
-    raise ModelError("model", "a built Keras 3 model", what)
+    raise ModelError("model", "a built Keras 3 model, a tf.Graph or a session on one", what)
+
+
+def selected(model: Any, **which: Any) -> Any:
+    """The part of a TensorFlow 1 graph or session that is meant; a Keras model, which is whole, with nothing given.
+
+    Args:
+        model: what a front end reads.
+        which: `inputs`, `outputs`, `training`, `session`; what is None is not given.
+
+    Raises:
+        ConfigError: something is given for a model that is whole. ModelError: a tensor that is not in the graph.
+    """
+    given = {name: value for name, value in which.items() if value is not None}
+    if not given:
+        return model
+    front = front_end(model)
+    if not hasattr(front, "select"):
+        raise ConfigError(
+            ", ".join(f"{name}=" for name in given), "arguments for TensorFlow 1 graphs only", type(model).__name__
+        )
+    return front.select(model, **given)
+
+
+def as_named(model: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+    """The part of a graph that an artifact with these input and output names was made of; other models are whole."""
+    is_part = hasattr(front_end(model), "select")
+    return selected(model, inputs=inputs, outputs=outputs) if is_part else model
 
 
 def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str, Entry | None]:
@@ -60,20 +93,29 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         )
 
 
-def plan(model: Any, config_list: Any = None, *, quantizer: str | None = None, target: str = "tflite") -> Plan:
+def plan(
+    model: Any,
+    config_list: Any = None,
+    *,
+    quantizer: str | None = None,
+    target: str = "tflite",
+    inputs: Any = None,
+    outputs: Any = None,
+) -> Plan:
     """What `quantize_model` would do, before anything happens.
 
     Args:
-        model: a built Keras 3 model.
+        model: a built Keras 3 model, or a TensorFlow 1 graph.
         config_list: see the README; None is 8 bits everywhere.
         quantizer: the quantizer that the entries imply, or None.
         target: `"tflite"`.
+        inputs, outputs: of a TensorFlow 1 graph, as in `quantize_model`.
 
     Returns:
         A `Plan`; print it for a table, or call `to_dict()`.
     """
     _check_choice("target", target, TARGETS)
-    graph = front_end(model).read(model)
+    graph = front_end(model).read(selected(model, inputs=inputs, outputs=outputs))
     return place(graph, _entries(graph, config_list, quantizer))
 
 
@@ -84,24 +126,35 @@ def quantize_model(
     calibration_data: Any = None,
     observer: str = "auto",
     target: str = "tflite",
+    training: bool | None = None,
+    session: Any = None,
+    inputs: Any = None,
+    outputs: Any = None,
 ) -> Any:
-    """Quantize a float Keras model for training.
+    """Quantize a float model for training.
 
     Args:
-        model: a built `keras.Model`; it is not changed.
+        model: a built `keras.Model`, which is not changed; or a `tf.Graph`, which is rewritten in place.
         config_list: which layers are quantized how; None is `[{"q_bits": 8, "op_types": ["default"]}]`.
         calibration_data: samples (an array) or batches (an iterable). With it the ranges are set before the first step,
             so the untrained model already has post-training-quantization accuracy.
         observer: how calibration picks ranges: `"auto"` (min-max; MSE at 4 bits and less), `"minmax"`, `"percentile"`,
             `"mse"`, `"ema"`.
         target: `"tflite"`.
+        training: of a graph, False for its evaluation form, in which ranges stand still; the variables are the same.
+        session: on a graph, where its variables have their values, for calibration; the default session if there is
+            one. It can be used on with the rewritten graph; other sessions that already ran the graph cannot.
+        inputs, outputs: of a graph, the tensors (or names) between which the model lies. Without them: the data that
+            reaches ops with weights, and where the ops that the target can run end.
 
     Returns:
-        An ordinary `keras.Model`: compile it, fit it, save it, and hand it to `export_tflite`.
+        An ordinary `keras.Model`: compile it, fit it, save it, and hand it to `export_tflite`. For a graph a report of
+        what was added to it.
 
     Raises:
         ConfigError, ModelError, UnsupportedError, CalibrationError: each says where, what was expected and what to do.
     """
+    model = selected(model, training=training, session=session, inputs=inputs, outputs=outputs)
     return _quantize(model, config_list, None, calibration_data, observer, target)
 
 
@@ -122,7 +175,7 @@ def _quantize(
         exact = front.as_float32(quantized)
         calibrate(front.read(exact), calibration_data, observer)
         front.take_state(quantized, exact)
-    return quantized
+    return front.deliver(quantized) if hasattr(front, "deliver") else quantized
 
 
 class _Quantizer:
@@ -134,8 +187,19 @@ class _Quantizer:
         parse(config_list, quantizer=self.kind)
         self.config_list = config_list
 
-    def __call__(self, model: Any, calibration_data: Any = None, observer: str = "auto") -> Any:
-        """The trainable quantized model; see `quantize_model`."""
+    def __call__(
+        self,
+        model: Any,
+        calibration_data: Any = None,
+        observer: str = "auto",
+        *,
+        training: bool | None = None,
+        session: Any = None,
+        inputs: Any = None,
+        outputs: Any = None,
+    ) -> Any:
+        """The trainable quantized model, or the report on a graph; see `quantize_model`."""
+        model = selected(model, training=training, session=session, inputs=inputs, outputs=outputs)
         return _quantize(model, self.config_list, self.kind, calibration_data, observer, "tflite")
 
 

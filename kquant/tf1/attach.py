@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,14 +15,12 @@ from kquant.core.weights import weight_formula
 from kquant.tf1 import marks
 from kquant.tf1.graphs import GraphModel, as_model, check_can_rewrite, remember, tensor_id
 from kquant.tf1.match import Found
+from kquant.tf1.norms import make_freezable
 from kquant.tf1.ranges import Range
 from kquant.tf1.read import complete, read_with_source
 from kquant.tf1.rewire import Slot, readers, redirect, slots
-from kquant.tf1.state import State
+from kquant.tf1.state import State, scope_of
 from kquant.tf_numerics import EMA_DECAY, quantized_weight, weight_codes, with_quantized_gradient
-
-SCOPE = "kquant"
-
 
 @dataclass(frozen=True)
 class RewriteReport(Report):
@@ -66,17 +63,17 @@ class Rewriter:
     def __init__(self, plan: Plan, model: GraphModel):
         self.plan, self.model, self.graph = plan, model, model.graph
         self.read, source = read_with_source(model)
-        self.depends = source.matcher.depends
+        self.matcher = source.matcher
         self.state = State(self.graph)
         self.ranges: dict[str, Range] = {}
-        self.quantized: dict[str, Any] = {}  # what the integer readers of a tensor see
+        self.current: dict[str, Any] = {}  # what the integer readers of a tensor see
         self.activations = self.kernels = 0
 
     def run(self) -> None:
         """Insert everything."""
         found = {op.id: op.source for op in self.read.ops}
         # All places are looked up before the first of them changes.
-        places = {op_id: slots(f, self.depends) for op_id, f in found.items()}
+        places = {op_id: slots(f, self.matcher.depends) for op_id, f in found.items()}
         for name in self.read.inputs:
             self._sites(name, by_integer=False, places=places)
         for op in self.read.ops:
@@ -89,6 +86,10 @@ class Rewriter:
                 self._edge(op, index, edge, places[op.id][index])
         if op.id in self.plan.weights:
             self._kernel(op, found, self.plan.weights[op.id])
+        if self.model.training and op.kind == "channel_affine":
+            normalized = make_freezable(self.matcher, found, self.state)
+            if normalized is not None and found.output is found.anchor.outputs[0]:
+                self.current[op.id] = normalized
         for tensor in op.outputs:
             self._sites(tensor, op.id in self.plan.integer, places)
 
@@ -97,17 +98,17 @@ class Rewriter:
     def _sites(self, name: str, by_integer: bool, places: dict[str, list[list[Slot]]]) -> None:
         """The fake quantizations of a tensor: all its readers see those of an integer op, else the integer ones do."""
         for site in self.plan.sites.get(name, ()):
-            source = self.quantized.get(name, self._raw(name))
+            source = self.current.get(name, self._raw(name))
             if by_integer:
                 where = readers(source)
             else:
                 integer = [op for op in self.read.ops if op.id in self.plan.integer]
                 where = [p for op in integer for t, ps in zip(op.inputs, places[op.id], strict=True) if t == name
                          for p in ps]  # fmt: skip
-            self.quantized[name] = self._fake_quantize(source, name, site, where, by_integer)
+            self.current[name] = self._fake_quantize(source, name, site, where, by_integer)
 
     def _edge(self, op: Any, index: int, site: Site, where: list[Slot]) -> None:
-        source = self.quantized.get(op.inputs[index], self._raw(op.inputs[index]))
+        source = self.current.get(op.inputs[index], self._raw(op.inputs[index]))
         self._fake_quantize(source, f"{op.id}/operand{index}", site, where, False)
 
     def _raw(self, name: str) -> Any:
@@ -117,15 +118,15 @@ class Rewriter:
         spec = self.plan.specs[site.spec]
         if spec.id not in self.ranges:
             self.ranges[spec.id] = self._range(spec)
-        with tf.name_scope(f"{SCOPE}/{_scope(name)}/"):
+        with tf.name_scope(f"{scope_of(name)}/"):
             result = self.ranges[spec.id].apply(source, site, replaces)
-        redirect([p for p in where if not p[0].name.startswith(f"{SCOPE}/{_scope(name)}/")], result)
+        redirect([p for p in where if not p[0].name.startswith(f"{scope_of(name)}/")], result)
         self.activations += 1
         return result
 
     def _range(self, spec: Spec) -> Range:
         decay = 1.0 if spec.naive else EMA_DECAY
-        return Range(spec, f"{SCOPE}/{_scope(spec.id)}", self.state, decay, self.model.training)
+        return Range(spec, scope_of(spec.id), self.state, decay, self.model.training)
 
     # -- kernels --------------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class Rewriter:
             raise ModelError(f"op {op.id!r}", "an op with a kernel", op.kind)
         axes = kernel.axes if spec.per_channel else None
         formula = weight_formula(spec.quantizer, spec.bits, axes)
-        scope = f"{SCOPE}/{_scope(kernel.op.name)}/kernel/"
+        scope = f"{scope_of(kernel.op.name)}/kernel/"
         with tf.name_scope(scope):
             codes, scale = weight_codes(formula, kernel.tensor)
             value = quantized_weight(formula, kernel.tensor)
@@ -154,7 +155,7 @@ class Rewriter:
     def _gradient(self, op: Any, spec: WeightSpec, started: Any) -> None:
         """Quantize the gradient with respect to what a kernel's op makes, before its bias."""
         output = op.outputs[0]
-        scope = f"{SCOPE}/{_scope(op.name)}/gradient"
+        scope = f"{scope_of(op.name)}/gradient"
         draws = self.state.variable(f"{scope}/draws", np.int32(0))
         where = readers(output)
         with tf.name_scope(f"{scope}/"):
@@ -162,11 +163,8 @@ class Rewriter:
             result = tf.identity(with_quantized_gradient(output, spec.gradient_bits, (op.name, draw), started))
         marks.put(result.op, marks.GRADIENT, input=output.name)
         redirect(where, result)
-
-
-def _scope(name: str) -> str:
-    """A name as part of a scope."""
-    return re.sub(r"[^A-Za-z0-9_.\-/]", "_", name)
+        if tensor_id(output) in self.read.tensors:
+            self.current[tensor_id(output)] = result
 
 
 def attach(plan: Plan, value: Any) -> GraphModel:

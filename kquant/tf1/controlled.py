@@ -5,8 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from kquant.controls import Controlled
+from kquant.tf1 import marks
+from kquant.tf1.graphs import as_model
+from kquant.tf1.read import NAME, complete, read_with_source
 
 
 def controlled(value: Any) -> Controlled | None:
-    """The moving ranges and the batch norms of a graph; None without a quantizer."""
-    raise NotImplementedError
+    """The moving ranges of a graph, and its batch norms that normalize by their batch; None without a quantizer.
+
+    Raises:
+        ModelError: not a graph, or a session on one.
+    """
+    model = as_model(value)
+    if not marks.are_in(model.graph):
+        return None
+    graph, reader = read_with_source(complete(model))
+    ranges = [state for state in reader.ranges.values() if state.fixed is None]
+    norms = dict.fromkeys(op.attrs["batch_norm"] for op in graph.ops if "batch_norm" in op.attrs)
+    return Controlled(NAME, ranges, list(norms))

@@ -50,6 +50,7 @@ class Evaluator:
     def __init__(self, graph: Any, values: Values, statistics: Mapping[str, str]):
         self.graph, self.values, self.statistics = graph, values, statistics
         self._islands: dict[Any, _Island] = {}
+        self._known: dict[Any, list[np.ndarray]] = {}
         self._functions: dict[Any, tuple[list[Any], list[Any]]] = {}
         self._own = tf.Graph()
         self._session: Any = None
@@ -67,6 +68,20 @@ class Evaluator:
             fetches: tensor names.
             replaced: tensors that are taken in the place of others, by name.
         """
+        if not feeds and not replaced:
+            return self._parameters(fetches)
+        return self._fetch(feeds, fetches, replaced)
+
+    def _parameters(self, fetches: Sequence[str]) -> list[np.ndarray]:
+        """Values of parameters, computed again only after a variable was set."""
+        key = (self.values.version, *fetches)
+        if key not in self._known:
+            self._known[key] = self._fetch({}, fetches, None)
+        return self._known[key]
+
+    def _fetch(
+        self, feeds: Mapping[str, Any], fetches: Sequence[str], replaced: Mapping[str, str] | None
+    ) -> list[np.ndarray]:
         arrays = {name: np.asarray(value) for name, value in feeds.items()}
         replaced = replaced or {}
         key = (tuple((n, a.dtype.str) for n, a in arrays.items()), tuple(fetches), tuple(replaced.items()))

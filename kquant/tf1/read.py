@@ -15,6 +15,7 @@ from kquant.tf1 import marks
 from kquant.tf1.evaluate import Evaluator
 from kquant.tf1.graphs import GraphModel, as_model, remembered, tensor_id
 from kquant.tf1.match import Found, Matcher, caller
+from kquant.tf1.norms import batch_norm_of
 from kquant.tf1.quantizers import RangeState, is_waiting
 from kquant.tf1.region import SOURCES, find
 from kquant.tf1.statistics import dependents, moving_averages
@@ -56,7 +57,8 @@ class Reader:
 
     def __init__(self, model: GraphModel):
         self.model = model
-        self.finished = _finished(model.graph)
+        self.behind = marks.transparent(model.graph)
+        self.finished = _finished(model.graph, self.behind)
         self.inputs = {t.name for t in model.inputs}
         needed = _needed([self._final(t) for t in model.outputs], self.inputs)
         self.matcher = matcher_of(model, model.inputs, lambda op: op.name in needed)
@@ -70,6 +72,13 @@ class Reader:
         while tensor.name in self.finished:
             tensor = self.finished[tensor.name]
         return tensor
+
+    def _id(self, tensor: Any) -> str:
+        """What a tensor is called; one that stands for another is called like it."""
+        name = tensor.name
+        while name in self.behind:
+            name = self.behind[name]
+        return str(name).removesuffix(":0")
 
     def read(self) -> Graph:
         """The neutral graph."""
@@ -85,7 +94,7 @@ class Reader:
             tuple(self.ops),
             self.tensors,
             tuple(map(tensor_id, model.inputs)),
-            tuple(map(tensor_id, outputs)),
+            tuple(map(self._id, outputs)),
             NAME,
             tuple(map(tensor_id, model.inputs)),
             names if len(set(names)) == len(names) else tuple(f"output_{i}" for i in range(len(names))),
@@ -98,10 +107,10 @@ class Reader:
         stack = [(tensor, False)]
         while stack:
             current, ready = stack.pop()
-            if tensor_id(current) in self.tensors and not ready:
+            if self._id(current) in self.tensors and not ready:
                 continue
             if ready:
-                if tensor_id(current) not in self.tensors:
+                if self._id(current) not in self.tensors:
                     self._add(self.found[current.name])
                 continue
             if self.matcher.is_parameter(current):
@@ -117,7 +126,7 @@ class Reader:
         return self.matcher.match(tensor)
 
     def _tensor(self, tensor: Any) -> str:
-        name = tensor_id(tensor)
+        name = self._id(tensor)
         if tensor.shape.rank is None:
             fix = "Give it a shape with set_shape()"
             raise ModelError(f"tensor {tensor.name!r}", "a tensor of known rank", "unknown rank", fix)
@@ -126,7 +135,7 @@ class Reader:
 
     def _source(self, source: Any, near: str, index: int) -> str:
         if isinstance(source, tf.Tensor):
-            return tensor_id(source)
+            return self._id(source)
         name = f"{near}/constant" if not index else f"{near}/constant_{index}"
         self.tensors[name] = Tensor(name, tuple(source.shape), str(source.dtype), source)
         return name
@@ -140,6 +149,10 @@ class Reader:
             call = attrs["quantizer"].call
         elif "codes" in attrs:
             attrs["is_waiting"] = partial(is_waiting, self.model.values, marks.of(found.kernel.tensor.op))
+        attrs.pop("parameters", None)
+        norm = batch_norm_of(self.matcher, found)
+        if norm is not None:
+            attrs["batch_norm"] = norm
         attrs["aliases"] = (found.anchor.name, *found.aliases)
         self.ops.append(
             Op(
@@ -181,9 +194,9 @@ class Reader:
                 self.tensors[name] = replace(tensor, dtype="int32" if name in ids else "float32")
 
 
-def _finished(graph: Any) -> dict[str, Any]:
-    """For a tensor that an integer op makes, its fake quantization, which all of its readers see."""
-    found = {}
+def _finished(graph: Any, behind: dict[str, str]) -> dict[str, Any]:
+    """For a tensor, the one that all of its readers see in its place: its fake quantization, if an integer op made it."""
+    found = {name: graph.get_tensor_by_name(stands) for stands, name in behind.items()}
     for op in graph.get_operations():
         mark = marks.of(op, marks.FAKE_QUANT) if op.type == "Identity" else None
         if mark is not None and mark["replaces"]:

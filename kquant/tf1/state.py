@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+
+SCOPE = "kquant"
+
+
+def scope_of(name: str) -> str:
+    """The scope of what is added for a tensor or an op."""
+    return f"{SCOPE}/" + re.sub(r"[^A-Za-z0-9_.\-/]", "_", name)
 
 
 class State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Values:
         self.graph, self.session = graph, session
         self.known: dict[str, np.ndarray] = {}
         self.changed: set[str] = set()
+        self.version = 0
 
     def get(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The values of some variables.
@@ -63,10 +64,19 @@ class Values:
 
     def set(self, values: Mapping[str, Any], changed: bool = True) -> None:
         """Set values here; `commit` writes those that changed to the session."""
+        self.version += 1
         for name, value in values.items():
             self.known[name] = np.asarray(value)
         if changed:
             self.changed.update(values)
+
+    @contextlib.contextmanager
+    def instead(self, values: Mapping[str, Any]) -> Iterator[None]:
+        """Other values for a while, which nothing writes to the session."""
+        before = self.get(values)
+        self.set(values, changed=False)
+        yield
+        self.set(before, changed=False)
 
     def commit(self, again: Iterable[str] = ()) -> None:
         """Write what changed, and the variables named, to the session if there is one."""

@@ -23,15 +23,16 @@ from kquant.tflite.flatbuffer import encode
 WEIGHTS_ONLY = "kquant, weights only"
 
 
-def quantized_graph(qmodel: Any) -> Graph:
-    """The graph of a quantized model, in float32.
+def quantized_graph(qmodel: Any, inputs: Any = None, outputs: Any = None) -> Graph:
+    """The graph of a quantized model, in float32; `inputs` and `outputs` select it in a TensorFlow 1 graph.
 
     Raises:
         ModelError: a float model, or not a model that kquant reads.
     """
-    from kquant.api import front_end
+    from kquant.api import front_end, selected
 
     front = front_end(qmodel)
+    qmodel = selected(qmodel, inputs=inputs, outputs=outputs)
     graph = front.read(front.as_float32(qmodel))
     if not any(op.kind == "fake_quant" or "codes" in op.attrs for op in graph.ops):
         raise ModelError(
@@ -40,9 +41,9 @@ def quantized_graph(qmodel: Any) -> Graph:
     return graph
 
 
-def integer_model(qmodel: Any) -> IntegerModel:
+def integer_model(qmodel: Any, inputs: Any = None, outputs: Any = None) -> IntegerModel:
     """The integer model of a trained quantized model."""
-    graph = quantized_graph(qmodel)
+    graph = quantized_graph(qmodel, inputs, outputs)
     check_started(graph)
     check_ranges(graph)
     return lower(graph)
@@ -56,17 +57,22 @@ def export_tflite(
     output_type: str = "float32",
     allow_float: bool = False,
     weights_only: bool = False,
+    inputs: Any = None,
+    outputs: Any = None,
 ) -> ExportReport:
     """Write a trained quantized model as an integer `.tflite` file.
 
     Every weight code, scale and zero point is the trained one. The same model gives the same bytes.
 
     Args:
-        qmodel: a model from `quantize_model` or a quantizer.
+        qmodel: a model from `quantize_model` or a quantizer; or a session on a TensorFlow 1 graph that one rewrote,
+            of which only variables are read.
         path: the file to write; it is replaced only if the export succeeds.
         input_type, output_type: `"float32"` (quantized at entry and exit), `"int8"` or `"uint8"`.
         allow_float: write float ops where the model has them, instead of refusing.
         weights_only: integer weights with float arithmetic.
+        inputs, outputs: of a TensorFlow 1 graph, the tensors (or names) between which the model lies; those that were
+            quantized if they are not given.
 
     Returns:
         An `ExportReport`: what was written, whether it is fully integer, the size and the time.
@@ -78,9 +84,9 @@ def export_tflite(
     """
     start = time.perf_counter()
     if weights_only:
-        model, allow_float = weights_only_form(quantized_graph(qmodel)), True
+        model, allow_float = weights_only_form(quantized_graph(qmodel, inputs, outputs)), True
     else:
-        model = integer_model(qmodel)
+        model = integer_model(qmodel, inputs, outputs)
     if not allow_float:
         check_integer(model)
     description = WEIGHTS_ONLY if weights_only else "kquant"

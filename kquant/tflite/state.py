@@ -10,11 +10,12 @@ from kquant.core.affine import bias_codes
 from kquant.tflite.export import integer_model
 
 
-def export_state(qmodel: Any) -> dict[str, np.ndarray]:
+def export_state(qmodel: Any, *, inputs: Any = None, outputs: Any = None) -> dict[str, np.ndarray]:
     """All codes, scales and zero points of a trained quantized model.
 
     Args:
-        qmodel: a model from `quantize_model` or a quantizer.
+        qmodel: a model from `quantize_model` or a quantizer, or a session on a graph that one rewrote.
+        inputs, outputs: of a TensorFlow 1 graph, as in `export_tflite`.
 
     Returns:
         A flat dict, ready for `numpy.savez`. For a tensor `t` of the plan `t/scale` (float32, shape ()), `t/zero_point`
@@ -29,7 +30,7 @@ def export_state(qmodel: Any) -> dict[str, np.ndarray]:
         >>> state = kquant.export_state(qmodel)  # doctest: +SKIP
         >>> numpy.savez("model.npz", **state)  # doctest: +SKIP
     """
-    model = integer_model(qmodel)
+    model = integer_model(qmodel, inputs, outputs)
     state: dict[str, np.ndarray] = {}
     for tensor in model.tensors.values():
         if tensor.affine is not None:

@@ -28,7 +28,7 @@ def verify(qmodel: Any, path: str | os.PathLike, data: Any, *, kernels: str = "d
     """Compare an artifact with the trained model.
 
     Args:
-        qmodel: the trained quantized model.
+        qmodel: the trained quantized model, or the session with the TensorFlow 1 graph.
         path: the `.tflite` file that was exported from it.
         data: samples or batches, as `calibration_data` of `quantize_model`.
         kernels: `"default"` (XNNPACK), `"builtin"` or `"reference"`.
@@ -40,10 +40,12 @@ def verify(qmodel: Any, path: str | os.PathLike, data: Any, *, kernels: str = "d
         ArtifactError: not a TFLite file, or one that lacks a tensor of this model.
         CalibrationError: data that does not fit the model.
     """
-    graph = quantized_graph(qmodel)
+    from kquant.api import as_named
+
     content = read_bytes(path)
     where = f"artifact {os.fspath(path)!r}"
     file = decode(content, where)
+    graph = quantized_graph(as_named(qmodel, file.input_names, file.output_names))
     if file.description == WEIGHTS_ONLY:
         model = weights_only(graph)
         graph = without_activation_quantizers(graph)

@@ -1,0 +1,147 @@
+"""Batch norms that normalize by their batch: their moving averages, and how they are frozen while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from kquant.tf1 import marks
+from kquant.tf1.evaluate import BATCH_NORMS
+from kquant.tf1.match import Found, Matcher
+from kquant.tf1.rewire import readers, redirect
+from kquant.tf1.state import State, scope_of
+from kquant.tf1.values import Values
+
+_ROOTS = ("Rsqrt", "Sqrt", "Pow")
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """One batch norm of a training graph, for the controls.
+
+    Args:
+        name: of the graph op that names it.
+        mean, variance: op names of the variables that hold its moving averages.
+        values: of the graph's variables.
+        read: its scale and its offset per channel.
+    """
+
+    name: str
+    mean: str
+    variance: str
+    values: Values = field(compare=False)
+    read: tuple[Callable[[], Any], Callable[[], Any]] = field(compare=False)
+
+    def set_frozen(self, value: float) -> None:
+        """Normalize by the moving averages (1) or by the batch (0) in training."""
+        self.values.set({frozen_name(self.name): np.float32(value)})
+        self.values.commit()
+
+    def set_statistics(self, mean: Any, variance: Any) -> None:
+        """Set the moving averages, float32, one value per channel."""
+        self.values.set(self._shaped(mean, variance))
+        self.values.commit()
+
+    def affine(self, mean: Any, variance: Any) -> tuple[Any, Any]:
+        """Scale and offset that other statistics would give, float64."""
+        with self.values.instead(self._shaped(mean, variance)):
+            scale, offset = (read() for read in self.read)
+        return scale, offset
+
+    def _shaped(self, mean: Any, variance: Any) -> dict[str, np.ndarray]:
+        now = self.values.get([self.mean, self.variance])
+        given = {self.mean: mean, self.variance: variance}
+        return {n: np.asarray(v, np.float32).reshape(now[n].shape) for n, v in given.items()}
+
+
+def frozen_name(name: str) -> str:
+    """The name of the variable that freezes a batch norm."""
+    return f"{scope_of(name)}/frozen"
+
+
+def statistics_of(m: Matcher, found: Found) -> tuple[Any, Any] | None:
+    """The batch statistics (mean and variance) that a scale and offset per channel are made of, or None."""
+    if found.anchor.type in BATCH_NORMS and found.anchor.get_attr("is_training"):
+        return found.anchor.outputs[1], found.anchor.outputs[2]
+    known: dict[str, Any] = {}
+    under_root: set[str] = set()
+    todo = [(t, False) for t in found.attrs.get("parameters", ())]
+    seen: set[tuple[str, bool]] = set()
+    while todo:
+        tensor, rooted = todo.pop()
+        if (tensor.name, rooted) in seen:
+            continue
+        seen.add((tensor.name, rooted))
+        if tensor.name in m.evaluator.statistics:
+            known[tensor.name] = tensor
+            under_root.update({tensor.name} if rooted else ())
+        else:
+            todo += [(t, rooted or tensor.op.type in _ROOTS) for t in tensor.op.inputs]
+    if len(known) != 2 or len(under_root) != 1:
+        return None
+    (variance,) = under_root
+    return next(t for n, t in known.items() if n != variance), known[variance]
+
+
+def batch_norm_of(m: Matcher, found: Found) -> BatchNorm | None:
+    """The batch norm that an op is in a training graph, or None."""
+    statistics = statistics_of(m, found) if found.kind == "channel_affine" else None
+    if statistics is None:
+        return None
+    mean, variance = (m.evaluator.statistics[t.name] for t in statistics)
+    read = (found.weights["scale"].read, found.weights["offset"].read)
+    return BatchNorm(found.anchor.name, mean, variance, m.evaluator.values, read)
+
+
+# -- freezing -------------------------------------------------------------------------------------------------------
+
+
+def make_freezable(m: Matcher, found: Found, state: State) -> Any | None:
+    """Give a batch norm a variable that freezes it; returns what stands for its output, if that is another tensor.
+
+    While it is frozen, its moving averages take the place of the batch statistics wherever those are read, also in the
+    ops that update the averages, which then stay as they are.
+    """
+    statistics = statistics_of(m, found)
+    if statistics is None:
+        return None
+    frozen = state.variable(frozen_name(found.anchor.name), np.float32(0.0))
+    averages = [_value(m, m.evaluator.statistics[t.name]) for t in statistics]
+    with tf.name_scope(f"{scope_of(found.anchor.name)}/"):
+        is_frozen = frozen.read_value() > 0
+        result = None
+        if found.anchor.type in BATCH_NORMS:
+            result = _switched(found.anchor, averages, is_frozen)
+        for statistic, average in zip(statistics, averages, strict=True):
+            where = readers(statistic)
+            chosen = tf.identity(tf.where(is_frozen, tf.reshape(average, tf.shape(statistic)), statistic), "statistic")
+            marks.put(chosen.op, marks.STATISTIC, input=statistic.name)
+            redirect(where, chosen)
+    return result
+
+
+def _switched(op: Any, averages: list[Any], is_frozen: Any) -> Any:
+    """The fused kernel in its inference form where it is frozen."""
+    x, gamma, beta = op.inputs[:3]
+    trained = op.outputs[0]
+    where = readers(trained)
+    epsilon = op.get_attr("epsilon")
+
+    def moving() -> Any:
+        return tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, *averages, epsilon=epsilon, is_training=False)[0]
+
+    result = tf.identity(tf.cond(is_frozen, moving, lambda: tf.identity(trained)), "normalized")
+    marks.put(result.op, marks.BATCH_NORM, input=trained.name)
+    redirect(where, result)
+    return result
+
+
+def _value(m: Matcher, name: str) -> Any:
+    (tensor,) = m.evaluator.graph.get_operation_by_name(name).outputs
+    if tensor.dtype != tf.resource:
+        return tf.identity(tensor)
+    return tf.raw_ops.ReadVariableOp(resource=tensor, dtype=tensor.op.get_attr("dtype"))
