@@ -26,7 +26,7 @@ class Controlled:
         name: of the model.
         ranges: the activation ranges that move. Each has a `name`, `is_set()` and `set_frozen(value)`.
         batch_norms: in a fixed order. Each has `set_frozen(value)`, `set_statistics(mean, variance)` and
-            `affine(mean, variance) -> (scale, offset)`; the op that `read` makes of it holds it as
+            `affine(mean, variance) -> (scale, offset)`; the op that `read` makes of it holds one that is equal to it as
             `attrs["batch_norm"]`.
     """
 
@@ -181,17 +181,17 @@ def reestimate_batch_norm(qmodel: Any, data: Any, batches: int | None = None) ->
 
     front, targets = front_end(qmodel), controlled(qmodel).batch_norms
     exact = front.as_float32(qmodel)
-    found: dict[int, _Statistics] = {}
+    found: dict[Any, _Statistics] = {}
 
     def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
         norm = op.attrs.get("batch_norm")
         if norm is None:
             return None
-        return [found.setdefault(id(norm), _Statistics()).normalize(norm, np.asarray(inputs[0]))]
+        return [found.setdefault(norm, _Statistics()).normalize(norm, np.asarray(inputs[0]))]
 
     graph = front.read(exact)
     for feeds in islice(feeds_of(data, graph), batches):
         walk(graph, feeds, visit)
     for target, source in zip(targets, controlled(exact).batch_norms, strict=True):
-        target.set_statistics(found[id(source)].mean, found[id(source)].variance)
+        target.set_statistics(found[source].mean, found[source].variance)
     return len(targets)

@@ -22,6 +22,7 @@ from kquant.tf1.rewire import Slot, readers, redirect, slots
 from kquant.tf1.state import State, scope_of
 from kquant.tf_numerics import EMA_DECAY, quantized_weight, weight_codes, with_quantized_gradient
 
+
 @dataclass(frozen=True)
 class RewriteReport(Report):
     """What a quantizer did to a graph.

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import graph_pb2, node_def_pb2
 
+from kquant.tf1 import marks
 from kquant.tf1.values import Values, variable_of
 
 BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
@@ -50,6 +51,7 @@ class Evaluator:
     def __init__(self, graph: Any, values: Values, statistics: Mapping[str, str]):
         self.graph, self.values, self.statistics = graph, values, statistics
         self._islands: dict[Any, _Island] = {}
+        self._behind = marks.transparent(graph)
         self._known: dict[Any, list[np.ndarray]] = {}
         self._functions: dict[Any, tuple[list[Any], list[Any]]] = {}
         self._own = tf.Graph()
@@ -146,8 +148,8 @@ class Evaluator:
 
     def _resolve(self, tensor: Any, arrays: Mapping[str, Any], replaced: Mapping[str, str], part: _Nodes) -> str:
         """The name under which a tensor is read inside the part; its op is noted as still to be collected."""
-        while tensor.name in replaced and tensor.name not in arrays:
-            tensor = self.graph.get_tensor_by_name(replaced[tensor.name])
+        while tensor.name not in arrays and (tensor.name in replaced or tensor.name in self._behind):
+            tensor = self.graph.get_tensor_by_name(replaced.get(tensor.name) or self._behind[tensor.name])
         if tensor.name in arrays:
             return self._fed(_placeholder(tensor.name), arrays[tensor.name].dtype, part)
         statistic = self.statistics.get(tensor.name)

@@ -20,6 +20,9 @@ GRADIENT = "gradient"  # an identity whose gradient is quantized
 BATCH_NORM = "batch_norm"  # a batch norm whose statistics can be frozen
 STATISTIC = "statistic"  # a batch statistic that can be frozen
 
+# Those that stand for the tensor behind them: they change how it is trained and not what it is.
+TRANSPARENT = (GRADIENT, BATCH_NORM)
+
 
 def put(op: Any, kind: str, **facts: Any) -> None:
     """Mark an op."""
@@ -39,3 +42,13 @@ def of(op: Any, kind: str | None = None) -> dict[str, Any] | None:
 def are_in(graph: Any) -> bool:
     """Whether kquant has been at a graph."""
     return any(of(op) is not None for op in graph.get_operations() if op.type == "Identity")
+
+
+def transparent(graph: Any) -> dict[str, str]:
+    """For the name of every tensor that stands for the one behind it, the name of that one."""
+    found = {}
+    for op in graph.get_operations():
+        mark = of(op) if op.type == "Identity" else None
+        if mark is not None and mark["kind"] in TRANSPARENT:
+            found[op.outputs[0].name] = mark["input"]
+    return found

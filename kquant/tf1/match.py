@@ -108,7 +108,7 @@ class Matcher:
         mark = marks.of(op)
         if mark is not None and mark["kind"] == marks.FAKE_QUANT:
             return Found("fake_quant", (self.tensor(mark["input"]),), tensor, op, {"mark": mark})
-        if mark is not None and mark["kind"] == marks.BATCH_NORM:
+        if mark is not None and mark["kind"] in marks.TRANSPARENT:
             return replace(self.match(self.tensor(mark["input"])), output=tensor)
         handler = HANDLERS.get(op.type)
         found = handler(self, op, op.outputs.index(tensor)) if handler else f"{op.type} has no integer form"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,22 +19,6 @@ KINDS = {
     "Add": "add", "AddV2": "add", "BiasAdd": "add", "Sub": "sub", "Mul": "mul", "RealDiv": "div",
     "Maximum": "maximum", "Minimum": "minimum",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class BatchNorm:
-    """A batch norm that normalizes by its batch, for the controls.
-
-    Args:
-        name: of the graph op.
-        mean, variance: op names of the variables that hold the moving averages.
-        affine: from mean and variance to scale and offset.
-    """
-
-    name: str
-    mean: str
-    variance: str
-    affine: Callable[[Any, Any], tuple[Any, Any]]
 
 
 @matches(*KINDS)
@@ -102,12 +85,13 @@ def _affine(m: Matcher, op: Any, kind: str, x: Any, parameter: Any, first: bool,
         "div": (lambda: 1.0 / values(), lambda: np.zeros(channels)),
     }
     factor, shift = steps[kind]
-    before = m.match(m.behind(x))
+    before = m.match(x)
     if before.kind != "channel_affine" or not m.is_read_once(x, op):
-        return Found("channel_affine", (x,), op.outputs[0], op, {}, _weights(channels, factor, shift))
+        attrs = {"parameters": (parameter,)}
+        return Found("channel_affine", (x,), op.outputs[0], op, attrs, _weights(channels, factor, shift))
     scale, offset = before.weights["scale"].read, before.weights["offset"].read
     joined = _weights(channels, lambda: scale() * factor(), lambda: offset() * factor() + shift())
-    attrs = {k: v for k, v in before.attrs.items() if k != "batch_norm"}
+    attrs = {"parameters": (*before.attrs["parameters"], parameter)}
     return before.then(op, weights=joined, attrs=attrs)
 
 
@@ -132,19 +116,13 @@ def batch_norm(m: Matcher, op: Any, index: int) -> Found | str:
                 "it normalizes by its batch, and no op updates moving averages of that; build it with is_training=False"
             )
         mean, variance = op.outputs[1:3]
-    given = [m.reader(t) for t in (gamma, beta)]
+    read = [m.reader(t) for t in (gamma, beta, mean, variance)]
 
-    def affine(mean: Any, variance: Any) -> tuple[Any, Any]:
-        scale = np.asarray(given[0](), np.float64) / np.sqrt(np.asarray(variance, np.float64) + epsilon)
-        return scale, np.asarray(given[1](), np.float64) - np.asarray(mean, np.float64) * scale
+    def scale() -> np.ndarray:
+        return np.asarray(read[0](), np.float64) / np.sqrt(np.asarray(read[3](), np.float64) + epsilon)
 
-    def now() -> tuple[Any, Any]:
-        return affine(*(m.reader(t)() for t in (mean, variance)))
+    def offset() -> np.ndarray:
+        return np.asarray(read[1](), np.float64) - np.asarray(read[2](), np.float64) * scale()
 
-    size = int(gamma.shape[0])
-    found = Found(
-        "channel_affine", (x,), op.outputs[0], op, {}, _weights(size, lambda: now()[0], lambda: now()[1])
-    )  # fmt: skip
-    if not trains:
-        return found
-    return replace(found, attrs={"batch_norm": BatchNorm(op.name, names[0], names[1], affine)})
+    attrs = {"parameters": (gamma, beta, mean, variance)}
+    return Found("channel_affine", (x,), op.outputs[0], op, attrs, _weights(int(gamma.shape[0]), scale, offset))

@@ -195,7 +195,7 @@ class Reader:
 
 
 def _finished(graph: Any, behind: dict[str, str]) -> dict[str, Any]:
-    """For a tensor, the one that all of its readers see in its place: its fake quantization, if an integer op made it."""
+    """For a tensor, the one that all its readers see in its place: its fake quantization, if an integer op made it."""
     found = {name: graph.get_tensor_by_name(stands) for stands, name in behind.items()}
     for op in graph.get_operations():
         mark = marks.of(op, marks.FAKE_QUANT) if op.type == "Identity" else None
