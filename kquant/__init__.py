@@ -73,7 +73,7 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = sorted([*_HOME, "__version__"])
 
 # Importing the module on the right registers our layers with the framework on the left.
-_LAYERS = {"keras": "kquant.keras3.layers"}
+_LAYERS = {"keras": "kquant.keras3.layers", "tf_keras": "kquant.keras2.layers"}
 
 
 def __getattr__(name: str) -> Any:

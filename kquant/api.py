@@ -21,8 +21,13 @@ OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
 # The package in which a model's class, or one of its bases, is defined, and our front end for it. The first that is
 # found counts: Keras models of both generations also have bases from TensorFlow. Graphs and sessions are TensorFlow's
 # own; a graph with its inputs and outputs selected is ours.
-FRONT_ENDS = {"keras": "kquant.keras3", "kquant": "kquant.tf1", "tensorflow": "kquant.tf1"}
-ELSEWHERE = {"tf_keras": "a tf_keras (Keras 2) model", "torch": "a PyTorch module; kquant_torch is for these"}
+FRONT_ENDS = {
+    "keras": "kquant.keras3",
+    "tf_keras": "kquant.keras2",
+    "kquant": "kquant.tf1",
+    "tensorflow": "kquant.tf1",
+}
+ELSEWHERE = {"torch": "a PyTorch module; kquant_torch is for these"}
 
 
 def front_end(model: Any) -> Any:
@@ -49,7 +54,7 @@ def front_end(model: Any) -> Any:
         if root in roots:
             return importlib.import_module(module)
     what = next((text for root, text in ELSEWHERE.items() if root in roots), type(model).__name__)
-    raise ModelError("model", "a built Keras 3 model, a tf.Graph or a session on one", what)
+    raise ModelError("model", "a built Keras 3 or tf_keras model, a tf.Graph or a session on one", what)
 
 
 def selected(model: Any, **which: Any) -> Any:

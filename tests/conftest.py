@@ -14,6 +14,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+pytest.register_assert_rewrite("keras_templates")
+
 # Examples do not depend on the run, and a slow machine fails nothing.
 hypothesis.settings.register_profile("kquant", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("kquant")
@@ -54,5 +56,6 @@ def _seeded():
     """Every test starts from the same random state, alone or in any order."""
     random.seed(SEED)
     np.random.seed(SEED)
-    if "keras" in sys.modules:
-        sys.modules["keras"].utils.set_random_seed(SEED)
+    for name in ("keras", "tf_keras"):
+        if name in sys.modules:
+            sys.modules[name].utils.set_random_seed(SEED)

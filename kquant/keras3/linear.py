@@ -1,46 +1,12 @@
-"""The layers with a quantizable kernel: how each applies it, and which kernel axes share a scale."""
+"""How the Keras 3 layers with a kernel apply it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from keras import layers, ops
 
-from kquant.core.errors import UnsupportedError
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One layer class.
-
-    Args:
-        apply: (layer, input, kernel) -> output without bias and activation.
-        axes: layer -> the kernel axes that share a scale (all but the output channel's), or None for one scale.
-        attribute: the kernel's name on the layer.
-        bias_shape: layer -> the shape in which the bias is added, or None where it broadcasts on the last axis.
-        output_shape: (layer, input shape) -> output shape, where the layer's own answer knows less.
-        casts: whether the input is cast to the compute dtype (ids of an embedding are not).
-    """
-
-    apply: Callable[[Any, Any, Any], Any]
-    axes: Callable[[Any], tuple[int, ...] | None]
-    attribute: str = "kernel"
-    casts: bool = True
-    output_shape: Callable[[Any, tuple], tuple] | None = None
-
-    def shape(self, layer: Any, x: tuple) -> tuple:
-        """The output shape for an input shape, None for unknown sizes."""
-        return self.output_shape(layer, x) if self.output_shape else tuple(layer.compute_output_shape(x))
-
-    def kernel(self, layer: Any) -> Any:
-        """The layer's kernel variable."""
-        return getattr(layer, self.attribute)
-
-    def bias(self, layer: Any) -> Any:
-        """The layer's bias variable, or None."""
-        return getattr(layer, "bias", None) if getattr(layer, "use_bias", True) else None
+from kquant.keras_common.linear import Linear, einsum_axes, einsum_shape
 
 
 def _conv(layer: Any, x: Any, kernel: Any) -> Any:
@@ -69,23 +35,6 @@ def _prelu(layer: Any, x: Any, kernel: Any) -> Any:
     return ops.relu(x) - kernel * ops.relu(-x)
 
 
-def _einsum_axes(layer: Any) -> tuple[int, ...]:
-    """Kernel axes whose letter is not in the output of the equation."""
-    inputs, output = layer.equation.replace(" ", "").split("->")
-    letters = inputs.split(",")[1]
-    return tuple(i for i, letter in enumerate(letters) if letter not in output)
-
-
-def _einsum_shape(layer: Any, x: tuple) -> tuple:
-    """Sizes that the equation carries over; Keras' own answer has None for axes that are None in `output_shape`."""
-    known = tuple(layer.compute_output_shape(x))
-    inputs, output = layer.equation.replace(" ", "").split("->")
-    if "..." in output:
-        return known
-    sizes = dict(zip(inputs.split(",")[0], x, strict=True))
-    return tuple(sizes.get(c) if n is None else n for c, n in zip(output, known, strict=True))
-
-
 LINEAR: dict[type, Linear] = {
     layers.Conv1D: Linear(_conv1d, lambda layer: (0, 1)),
     layers.Conv2D: Linear(_conv, lambda layer: (0, 1, 2)),
@@ -95,7 +44,7 @@ LINEAR: dict[type, Linear] = {
     layers.Conv2DTranspose: Linear(_transpose, lambda layer: (0, 1, 3)),
     layers.Dense: Linear(lambda layer, x, kernel: ops.matmul(x, kernel), lambda layer: (0,)),
     layers.EinsumDense: Linear(
-        lambda layer, x, kernel: ops.einsum(layer.equation, x, kernel), _einsum_axes, output_shape=_einsum_shape
+        lambda layer, x, kernel: ops.einsum(layer.equation, x, kernel), einsum_axes, output_shape=einsum_shape
     ),
     layers.Embedding: Linear(
         lambda layer, x, kernel: ops.take(kernel, ops.cast(x, "int32"), axis=0),
@@ -105,16 +54,3 @@ LINEAR: dict[type, Linear] = {
     ),
     layers.PReLU: Linear(_prelu, lambda layer: None, "alpha"),
 }
-
-
-def linear_of(layer: Any) -> Linear:
-    """The rule of a layer's class.
-
-    Raises:
-        UnsupportedError: a layer without a quantizable kernel.
-    """
-    rule = LINEAR.get(type(layer))
-    if rule is None:
-        known = ", ".join(sorted(c.__name__ for c in LINEAR))
-        raise UnsupportedError(f"layer {layer.name!r}", f"its class must be one of {known}", type(layer).__name__)
-    return rule

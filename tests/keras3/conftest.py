@@ -2,6 +2,10 @@
 
 from collections import Counter
 
+import keras_choice
+
+keras_choice.choose("keras")
+
 
 def pytest_terminal_summary(terminalreporter):
     passed = terminalreporter.getreports("passed")  # also those that xdist's workers sent

@@ -1,6 +1,6 @@
-"""Layers that must work, as a table of small Keras 3 models: kernels, activations, arithmetic, pools and shapes.
+"""Layers that must work, as a table of small models: kernels, activations, arithmetic, pools and shapes.
 
-`snippets_models.py` enters the rest; `test_layers.py` runs them all.
+`snippets_models.py` enters the rest; `layers.py` runs them all, for each generation of Keras.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import keras
 import numpy as np
-from keras import layers, ops
+from keras_generation import has_activation, keras, layers, ops, path
 
 IMAGE, SEQUENCE, TOKENS, VECTOR = (10, 10, 8), (14, 6), (9, 12), (16,)
 IDS = (6,)
@@ -84,10 +83,10 @@ def randomize(model: keras.Model, seed: int = 2) -> None:
     """
     rng = np.random.default_rng(seed)
     for variable in model.weights:
-        path, shape, size = variable.path, tuple(variable.shape), int(np.prod(variable.shape))
-        role, odd = path.split("/")[-1], next((w for w in ("uneven", "dead", "zero") if w in path), "")
+        where, shape, size = path(variable), tuple(variable.shape), int(np.prod(variable.shape))
+        role, odd = where.split("/")[-1], next((w for w in ("uneven", "dead", "zero") if w in where), "")
         if odd and role.endswith("kernel"):
-            channels = (*shape[:-2], shape[-2] * shape[-1]) if "depthwise" in path else shape
+            channels = (*shape[:-2], shape[-2] * shape[-1]) if "depthwise" in where else shape
             variable.assign(_uneven(channels).reshape(shape) if odd == "uneven" else np.zeros(shape))
         elif odd and role == "bias":
             variable.assign(np.resize([2.0, -3.0, 0.0, 1e-3, 5.0, -0.5], shape) * (odd != "zero"))
@@ -189,7 +188,7 @@ def _activation(x, name):
     return [argument, layer, *([function(layers.Dense(4)(x))] if function else [])]
 
 
-for _name in ACTIVATIONS:
+for _name in filter(has_activation, ACTIVATIONS):
     snippet(IMAGE, f"activation_{_name}", travels=STEEP, low_bits=_name in ("relu", "sigmoid", "gelu"))(
         lambda x, name=_name: _activation(x, name)
     )

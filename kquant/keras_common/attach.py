@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
-import keras
 import numpy as np
-from keras import tree
 
 from kquant.core.affine import Affine
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op
 from kquant.core.plan import Plan, Site
-from kquant.keras3.layers import FakeQuantize, QuantizedLayer
-from kquant.keras3.read import functional
+from kquant.keras_common.generation import Generation
 from kquant.tf_numerics import EMA_DECAY
 
 
 class Builder:
     """Rebuilds a graph as a functional model, with the plan's quantizers in it."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, generation: Generation, plan: Plan):
+        self.generation, self.tree = generation, generation.tree
         self.plan, self.graph = plan, plan.graph
         self.raw: dict[str, Any] = {}
         self.quantized: dict[str, Any] = {}
         self.made: dict[Any, Any] = {}
-        self.quantizers: dict[str, FakeQuantize] = {}
+        self.quantizers: dict[str, Any] = {}
         self.names: Counter[str] = Counter()
 
-    def build(self, model: Any) -> keras.Model:
+    def build(self, model: Any) -> Any:
         """The quantized twin of `model`, whose weights it copies."""
-        form = functional(model)
-        inputs = tree.map_structure(self._input, form._inputs_struct)
-        for name, tensor in zip(self.graph.inputs, tree.flatten(inputs), strict=True):
+        form = self.generation.functional(model)
+        given, results = self.generation.structures(form)
+        inputs = self.tree.map_structure(self._input, given)
+        for name, tensor in zip(self.graph.inputs, self.tree.flatten(inputs), strict=True):
             self._set(name, tensor, produced_by_integer=False)
         for op in self.graph.ops:
             self._op(op)
-        results = iter(self.graph.outputs)
-        outputs = tree.map_structure(lambda _: self._finished(next(results)), form._outputs_struct)
-        return keras.Model(inputs, outputs, name=model.name)
+        names = iter(self.graph.outputs)
+        outputs = self.tree.map_structure(lambda _: self._finished(next(names)), results)
+        return self.generation.keras.Model(inputs, outputs, name=model.name)
 
     def _input(self, tensor: Any) -> Any:
-        self.names[tensor.name] += 1
-        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor.name)
+        g, name = self.generation, self.generation.maker(tensor)[0].name
+        self.names[name] += 1
+        return g.input(g.shape(tensor), g.dtype(tensor), name)
 
     def _finished(self, tensor: str) -> Any:
         return self.quantized.get(tensor, self.raw[tensor])
@@ -63,9 +62,9 @@ class Builder:
         if fresh:
             self.made[source.key] = self._make(op)
         layer = self.made[source.key]
-        outputs = tree.flatten(source.invoke(layer, inputs))
+        outputs = self.tree.flatten(source.invoke(layer, inputs))
         if fresh and source.weights is not None:
-            _copy_weights(layer, source.weights(), op.layer)
+            _copy_weights(self.generation.own.QuantizedLayer, layer, source.weights(), op.layer)
         for tensor, value in zip(op.outputs, outputs, strict=True):
             self._set(tensor, value, op.id in self.plan.integer)
 
@@ -78,20 +77,12 @@ class Builder:
 
     def _make(self, op: Op) -> Any:
         layer = op.source.build()
-        if not isinstance(layer, keras.layers.Layer):
-            layer = copy.copy(layer)  # the operation of the float model keeps its own nodes
-            layer._inbound_nodes, layer._outbound_nodes = [], []
-            layer.name = self._unique(op.source.name)
-            return layer
-        spec = self.plan.weights.get(op.id)
+        if op.source.is_operation:
+            return self.generation.copy_operation(layer, self._unique(op.source.name))
         name = self._unique(op.id.split("#")[0] if op.source.name in op.id else op.source.name)
-        layer.name = name
-        if spec is None:
-            return layer
-        return QuantizedLayer(
-            layer, spec.quantizer, spec.bits, spec.per_channel, spec.gradient_bits, spec.start_step,
-            name=name, dtype=layer.dtype_policy,
-        )  # fmt: skip
+        self.generation.rename(layer, name)
+        spec = self.plan.weights.get(op.id)
+        return layer if spec is None else self.generation.own.quantized(layer, spec, name)
 
     def _fake_quantize(self, value: Any, site: Site) -> Any:
         if site.spec not in self.quantizers:
@@ -99,12 +90,12 @@ class Builder:
         options = {"boundary": True} if site.boundary else {}
         return self.quantizers[site.spec](value, site=site.index, **options)
 
-    def _quantizer(self, spec_id: str) -> FakeQuantize:
+    def _quantizer(self, spec_id: str) -> Any:
         spec = self.plan.specs[spec_id]
         fixed = [0.0, 1.0] if spec.unit else None
         if spec.fixed is not None:
             fixed = fixed_range(spec.fixed)
-        return FakeQuantize(
+        return self.generation.own.FakeQuantize(
             spec.bits,
             max(spec.sites, 1),
             fixed,
@@ -126,8 +117,8 @@ def fixed_range(affine: Affine) -> list[float]:
     return [float(affine.dequantize(np.int32(q))) for q in (np.int32(affine.qmin), np.int32(affine.qmax))]
 
 
-def _copy_weights(layer: Any, values: list[np.ndarray], name: str) -> None:
-    target = layer.layer if isinstance(layer, QuantizedLayer) else layer
+def _copy_weights(quantized: type, layer: Any, values: list[np.ndarray], name: str) -> None:
+    target = layer.layer if isinstance(layer, quantized) else layer
     for value in values:
         if np.asarray(value).dtype.kind == "f" and not np.isfinite(value).all():
             raise ModelError(f"layer {name!r}", "finite weights", "NaN or infinity", "Repair the float model first")
@@ -136,6 +127,6 @@ def _copy_weights(layer: Any, values: list[np.ndarray], name: str) -> None:
     target.set_weights([*values, *own[len(values) :]])
 
 
-def attach(plan: Plan, model: Any) -> keras.Model:
-    """The trainable quantized model: an ordinary functional `keras.Model`; `model` itself is left unchanged."""
-    return Builder(plan).build(model)
+def attach(generation: Generation, plan: Plan, model: Any) -> Any:
+    """The trainable quantized model: an ordinary functional model of Keras; `model` itself is left unchanged."""
+    return Builder(generation, plan).build(model)

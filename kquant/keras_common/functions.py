@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from keras import activations, ops
+import tensorflow as tf
 
 from kquant.core import elementwise
 
@@ -20,24 +21,23 @@ NAMED: dict[str, tuple[str, dict]] = {
 NOT_ELEMENTWISE = frozenset({"log_softmax", "glu", "sparsemax"})
 
 
-def function_kind(function: Callable) -> tuple[str, dict]:
+def function_kind(generation: Any, function: Any) -> tuple[str, dict]:
     """The op kind of an activation function and its settings.
 
     Functions that Keras knows by name are told by it. Any other callable is accepted as elementwise if it proves to be
     so on probes: permuting its input permutes its output. Otherwise the settings hold a `reason`.
     """
-    if isinstance(function, type(activations.relu)) or callable(function):
-        name = getattr(function, "__name__", type(function).__name__)
-        known = getattr(activations, name, None) is function
-        if known and name in NAMED:
-            kind, attrs = NAMED[name]
+    if callable(function):
+        known = generation.known_function(function)
+        if known in NAMED:
+            kind, attrs = NAMED[known]
             return kind, dict(attrs)
-        if known and name in NOT_ELEMENTWISE:
-            return "opaque", {"reason": f"the function {name!r} has no integer kernel and is not elementwise"}
-        if known:
-            return "elementwise", {"fn": name}
+        if known in NOT_ELEMENTWISE:
+            return "opaque", {"reason": f"the function {known!r} has no integer kernel and is not elementwise"}
+        if known is not None:
+            return "elementwise", {"fn": known}
         if is_elementwise(function):
-            return "elementwise", {"fn": name.strip("<>")}
+            return "elementwise", {"fn": getattr(function, "__name__", type(function).__name__).strip("<>")}
     return "opaque", {"reason": "the function is not elementwise, so it has no exact table"}
 
 
@@ -47,4 +47,4 @@ def is_elementwise(function: Callable) -> bool:
 
 
 def _run(function: Callable, x: np.ndarray) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(function(ops.convert_to_tensor(x))))
+    return np.asarray(tf.convert_to_tensor(function(tf.convert_to_tensor(x))))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
-
 
 def as_float32(model: Any) -> Any:
     """The model itself if it computes in float32, else a float32 copy that shares its values at this moment.
@@ -29,8 +27,8 @@ def take_state(model: Any, exact: Any) -> None:
 def _without_policy(config: Any) -> Any:
     """A config with every dtype policy replaced by float32."""
     if isinstance(config, dict):
-        if config.get("class_name") == "DTypePolicy" and "config" in config:
-            return keras.saving.serialize_keras_object(keras.DTypePolicy("float32"))
+        if config.get("class_name") in ("DTypePolicy", "Policy") and "config" in config:
+            return "float32"
         return {k: _without_policy(v) for k, v in config.items()}
     if isinstance(config, (list, tuple)):
         return type(config)(_without_policy(v) for v in config)

@@ -10,47 +10,46 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
-from keras import layers, ops, tree
 
-from kquant.keras3.norms import ChannelAffine, ReciprocalRoot, ScaledSoftmax
-from kquant.keras3.read import Reader
+from kquant.keras_common.generation import Call, Generation
+from kquant.keras_common.reader import Reader
 
-Expander = Callable[[Any, list[Any], Any], Any]
-EXPAND: dict[type, Expander] = {}
+Expander = Callable[[Generation, Any, list[Any], Call], Any]
+EXPAND: dict[str, Expander] = {}
 
 
-def expands(*classes: type) -> Callable[[Expander], Expander]:
-    """Enter an expander `(layer, symbolic inputs, node) -> symbolic outputs, or the reason why not`."""
+def expands(*names: str) -> Callable[[Expander], Expander]:
+    """Enter an expander `(generation, layer, symbolic inputs, call) -> symbolic outputs, or the reason why not`."""
 
     def enter(function: Expander) -> Expander:
-        EXPAND.update(dict.fromkeys(classes, function))
+        EXPAND.update(dict.fromkeys(names, function))
         return function
 
     return enter
 
 
-def expand(layer: Any, shapes: Sequence[Any], node: Any) -> keras.Model | str:
+def expand(g: Generation, call: Call) -> Any:
     """A layer as a functional model, or the reason why it has none."""
-    dtypes = [keras.backend.standardize_dtype(t.dtype) for t in node.arguments.keras_tensors]
-    inputs = [keras.Input(batch_shape=s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)]
-    expander = EXPAND.get(type(layer), _symbolic)
+    layer = call.layer
+    inputs = [g.input(g.shape(t), g.dtype(t)) for t in call.inputs]
+    is_keras = getattr(g.layers, type(layer).__name__, None) is type(layer)
+    expander = EXPAND.get(type(layer).__name__, _symbolic) if is_keras else _symbolic
     try:
-        outputs = expander(layer, inputs, node)
+        outputs = expander(g, layer, inputs, call)
     except Exception as error:  # whatever a user's layer raises on symbolic inputs is the reason
         first = str(error).strip().splitlines()
         return f"it cannot be read op by op ({type(error).__name__}: {first[0] if first else ''})"
     if isinstance(outputs, str):
         return outputs
-    return keras.Model(inputs, tree.flatten(outputs))
+    return g.keras.Model(inputs, g.tree.flatten(outputs))
 
 
-def expand_here(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+def expand_here(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
     """Expand a layer in the middle of a handler."""
-    parts = expand(layer, [t.shape for t in node.arguments.keras_tensors], node)
+    parts = expand(r.generation, call)
     if isinstance(parts, str):
-        return r.unknown(layer, inputs, node, parts)
+        return r.unknown(layer, inputs, call, parts)
     path = "/".join((*r.scope.path, layer.name))
     with r.inside(layer.name, (path, type(layer).__name__)):
         return r.function(parts, inputs)
@@ -74,16 +73,16 @@ def _call(layer: Any, x: Any, weights: Sequence[Any]) -> Any:
 # -- separable convolutions -----------------------------------------------------------------------------------------
 
 
-@expands(layers.SeparableConv1D, layers.SeparableConv2D)
-def _separable(layer: Any, inputs: list[Any], node: Any) -> Any:
-    one = isinstance(layer, layers.SeparableConv1D)
-    depthwise = (layers.DepthwiseConv1D if one else layers.DepthwiseConv2D)(
+@expands("SeparableConv1D", "SeparableConv2D")
+def _separable(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
+    one = type(layer).__name__ == "SeparableConv1D"
+    depthwise = (g.layers.DepthwiseConv1D if one else g.layers.DepthwiseConv2D)(
         layer.kernel_size, strides=layer.strides, padding=layer.padding, depth_multiplier=layer.depth_multiplier,
         dilation_rate=layer.dilation_rate, data_format=layer.data_format, use_bias=False,
         depthwise_regularizer=layer.depthwise_regularizer, depthwise_constraint=layer.depthwise_constraint,
         name="depthwise", dtype=layer.dtype_policy, trainable=layer.trainable,
     )  # fmt: skip
-    pointwise = (layers.Conv1D if one else layers.Conv2D)(
+    pointwise = (g.layers.Conv1D if one else g.layers.Conv2D)(
         layer.filters, 1, use_bias=layer.use_bias, activation=layer.activation, data_format=layer.data_format,
         kernel_regularizer=layer.pointwise_regularizer, kernel_constraint=layer.pointwise_constraint,
         bias_regularizer=layer.bias_regularizer, bias_constraint=layer.bias_constraint,
@@ -96,29 +95,29 @@ def _separable(layer: Any, inputs: list[Any], node: Any) -> Any:
 # -- merges ---------------------------------------------------------------------------------------------------------
 
 
-def _chain(pair: Callable) -> Expander:
-    def expander(layer: Any, inputs: list[Any], node: Any) -> Any:
-        total = inputs[0]
-        for x in inputs[1:]:
-            total = pair(total, x)
-        return total if len(inputs) > 1 else layers.Identity()(total)
-
-    return expander
-
-
-EXPAND[layers.Add] = _chain(lambda a, b: layers.Add()([a, b]))
-EXPAND[layers.Multiply] = _chain(lambda a, b: layers.Multiply()([a, b]))
-EXPAND[layers.Maximum] = _chain(lambda a, b: layers.Maximum()([a, b]))
-EXPAND[layers.Minimum] = _chain(lambda a, b: layers.Minimum()([a, b]))
+@expands("Add", "Multiply", "Maximum", "Minimum")
+def _chain(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
+    pair = getattr(g.layers, type(layer).__name__)
+    total = inputs[0]
+    for x in inputs[1:]:
+        total = pair()([total, x])
+    return total if len(inputs) > 1 else g.layers.Identity()(total)
 
 
-@expands(layers.Average)
-def _average(layer: Any, inputs: list[Any], node: Any) -> Any:
-    return ops.multiply(EXPAND[layers.Add](layer, inputs, node), 1.0 / len(inputs))
+def _sum(g: Generation, inputs: list[Any]) -> Any:
+    total = inputs[0]
+    for x in inputs[1:]:
+        total = g.layers.Add()([total, x])
+    return total if len(inputs) > 1 else g.layers.Identity()(total)
 
 
-@expands(layers.Dot)
-def _dot(layer: Any, inputs: list[Any], node: Any) -> Any:
+@expands("Average")
+def _average(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
+    return g.ops.multiply(_sum(g, inputs), 1.0 / len(inputs))
+
+
+@expands("Dot")
+def _dot(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     a, b = inputs
     if layer.normalize:
         return "Dot with normalize=True is not read; normalize with UnitNormalization before it"
@@ -128,125 +127,124 @@ def _dot(layer: Any, inputs: list[Any], node: Any) -> Any:
     letters_b[second] = letters_a[first]
     kept = [c for i, c in enumerate(letters_a) if i != first % len(letters_a)]
     kept += [c for i, c in enumerate(letters_b) if i not in (0, second % len(letters_b))]
-    y = ops.einsum(f"{''.join(letters_a)},{''.join(letters_b)}->{''.join(kept)}", a, b)
-    return ops.expand_dims(y, -1) if len(kept) == 1 else y
+    y = g.ops.einsum(f"{''.join(letters_a)},{''.join(letters_b)}->{''.join(kept)}", a, b)
+    return g.ops.expand_dims(y, -1) if len(kept) == 1 else y
 
 
 # -- normalizations -------------------------------------------------------------------------------------------------
 
 
-def _affine(layer: Any, x: Any) -> Any:
+def _affine(g: Generation, layer: Any, x: Any) -> Any:
     """The trainable gamma and beta of a normalization over the last axis."""
     scale, offset = bool(getattr(layer, "scale", False)), bool(getattr(layer, "center", False))
     if not (scale or offset):
         return x
     values = [*([layer.gamma] if scale else []), *([layer.beta] if offset else [])]
-    tail = ChannelAffine(scale, offset, name="affine", dtype=layer.dtype_policy, trainable=layer.trainable)
+    tail = g.own.ChannelAffine(scale, offset, name="affine", dtype=layer.dtype_policy, trainable=layer.trainable)
     return _call(tail, x, values)
 
 
-def _standardize(x: Any, axes: tuple[int, ...], epsilon: float, center: bool = True) -> Any:
-    centered = x - ops.mean(x, axis=axes, keepdims=True) if center else x
-    variance = ops.mean(centered * centered, axis=axes, keepdims=True)
-    return centered * ReciprocalRoot(epsilon, name="rsqrt")(variance)
+def _standardize(g: Generation, x: Any, axes: tuple[int, ...], epsilon: float, center: bool = True) -> Any:
+    centered = x - g.ops.mean(x, axis=axes, keepdims=True) if center else x
+    variance = g.ops.mean(centered * centered, axis=axes, keepdims=True)
+    return centered * g.own.ReciprocalRoot(epsilon, name="rsqrt")(variance)
 
 
-@expands(layers.LayerNormalization)
-def _layer_norm(layer: Any, inputs: list[Any], node: Any) -> Any:
+@expands("LayerNormalization")
+def _layer_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     x = inputs[0]
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     if [a % len(x.shape) for a in axes] != [len(x.shape) - 1]:
         return "layer normalization must be over the last axis"
-    return _affine(layer, _standardize(x, (-1,), layer.epsilon))
+    return _affine(g, layer, _standardize(g, x, (-1,), layer.epsilon))
 
 
-@expands(layers.RMSNormalization)
-def _rms_norm(layer: Any, inputs: list[Any], node: Any) -> Any:
+@expands("RMSNormalization")
+def _rms_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     x = inputs[0]
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     if [a % len(x.shape) for a in axes] != [len(x.shape) - 1]:
         return "RMS normalization must be over the last axis"
-    tail = ChannelAffine(True, False, name="affine", dtype=layer.dtype_policy)
-    return _call(tail, _standardize(x, (-1,), layer.epsilon, center=False), [layer.scale])
+    tail = g.own.ChannelAffine(True, False, name="affine", dtype=layer.dtype_policy)
+    return _call(tail, _standardize(g, x, (-1,), layer.epsilon, center=False), [layer.scale])
 
 
-@expands(layers.GroupNormalization)
-def _group_norm(layer: Any, inputs: list[Any], node: Any) -> Any:
+@expands("GroupNormalization")
+def _group_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     x = inputs[0]
     shape = x.shape
     if layer.axis % len(shape) != len(shape) - 1 or None in shape[1:]:
         return "group normalization must be over the last axis, of known sizes"
     groups = shape[-1] if layer.groups == -1 else layer.groups
     count = int(np.prod(shape[1:-1])) if len(shape) > 2 else 1
-    grouped = ops.reshape(x, (-1, count, groups, shape[-1] // groups))
-    y = _standardize(grouped, (1, 3), layer.epsilon)
-    return _affine(layer, ops.reshape(y, (-1, *shape[1:])))
+    grouped = g.ops.reshape(x, (-1, count, groups, shape[-1] // groups))
+    y = _standardize(g, grouped, (1, 3), layer.epsilon)
+    return _affine(g, layer, g.ops.reshape(y, (-1, *shape[1:])))
 
 
-@expands(layers.UnitNormalization)
-def _unit_norm(layer: Any, inputs: list[Any], node: Any) -> Any:
+@expands("UnitNormalization")
+def _unit_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     axes = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
     x = inputs[0]
     count = int(np.prod([x.shape[a] for a in axes]))
-    mean = ops.mean(x * x, axis=axes, keepdims=True)
-    return x * ReciprocalRoot(0.0, factor=float(count), least=1e-12, name="rsqrt")(mean)
+    mean = g.ops.mean(x * x, axis=axes, keepdims=True)
+    return x * g.own.ReciprocalRoot(0.0, factor=float(count), least=1e-12, name="rsqrt")(mean)
 
 
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
-@expands(layers.MultiHeadAttention)
-def _attention(layer: Any, inputs: list[Any], node: Any) -> Any:
-    bound = inspect.signature(layer.call).bind(*node.arguments.args, **node.arguments.kwargs).arguments
+@expands("MultiHeadAttention")
+def _attention(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
+    bound = inspect.signature(layer.call).bind(*call.args, **call.kwargs).arguments
     masks = [k for k in ("query_mask", "value_mask", "key_mask", "attention_mask") if bound.get(k) is not None]
     if masks or bound.get("use_causal_mask") or bound.get("return_attention_scores"):
         return "attention with masks or returned scores has no integer form"
-    table = {id(t): x for t, x in zip(node.arguments.keras_tensors, inputs, strict=True)}
-    query, value = table[id(bound["query"])], table[id(bound["value"])]
-    key = table[id(bound["key"])] if bound.get("key") is not None else value
+    args, kwargs = call.fill(inputs)
+    bound = inspect.signature(layer.call).bind(*args, **kwargs).arguments
+    query, value = bound["query"], bound["value"]
+    key = bound["key"] if bound.get("key") is not None else value
     if len(query.shape) != 3 or len(layer._attention_axes) != 1:
         return "attention must be over one axis of (batch, length, features)"
-    q = ops.transpose(twin(layer._query_dense, query), (0, 2, 1, 3))
-    k = ops.transpose(twin(layer._key_dense, key), (0, 2, 3, 1))
-    v = ops.transpose(twin(layer._value_dense, value), (0, 2, 1, 3))
-    scores = ScaledSoftmax(float(layer._inverse_sqrt_key_dim), name="scores")(ops.matmul(q, k))
+    q = g.ops.transpose(twin(layer._query_dense, query), (0, 2, 1, 3))
+    k = g.ops.transpose(twin(layer._key_dense, key), (0, 2, 3, 1))
+    v = g.ops.transpose(twin(layer._value_dense, value), (0, 2, 1, 3))
+    scores = g.own.ScaledSoftmax(1.0 / float(layer._key_dim) ** 0.5, name="scores")(g.ops.matmul(q, k))
     if layer._dropout:
-        scores = layers.Dropout(layer._dropout, name="dropout")(scores)
-    return twin(layer._output_dense, ops.transpose(ops.matmul(scores, v), (0, 2, 1, 3)))
+        scores = g.layers.Dropout(layer._dropout, name="dropout")(scores)
+    return twin(layer._output_dense, g.ops.transpose(g.ops.matmul(scores, v), (0, 2, 1, 3)))
 
 
 # -- anything else --------------------------------------------------------------------------------------------------
 
 
-@expands(layers.Lambda)
-def _lambda(layer: Any, inputs: list[Any], node: Any) -> Any:
-    args, _ = node.arguments.fill_in({id(t): x for t, x in zip(node.arguments.keras_tensors, inputs, strict=True)})
+@expands("Lambda")
+def _lambda(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
+    args, _ = call.fill(inputs)
     return layer.function(*args, **(layer.arguments or {}))
 
 
 NO_INTEGER = {
-    layers.LSTM: "the stock int8 LSTM kernel quantizes its internal state on scales that a trained model does not have",
-    layers.GRU: "the target has no GRU kernel",
-    layers.SimpleRNN: "a recurrent loop has no integer kernel on the target",
-    layers.Conv3D: "the target's CONV_3D kernel is float only",
-    layers.Conv3DTranspose: "the target's CONV_3D_TRANSPOSE kernel is float only",
-    layers.MaxPooling3D: "the target has no 3-D pooling kernel",
-    layers.AveragePooling3D: "the target has no 3-D pooling kernel",
+    "LSTM": "the stock int8 LSTM kernel quantizes its internal state on scales that a trained model does not have",
+    "GRU": "the target has no GRU kernel",
+    "SimpleRNN": "a recurrent loop has no integer kernel on the target",
+    "Conv3D": "the target's CONV_3D kernel is float only",
+    "Conv3DTranspose": "the target's CONV_3D_TRANSPOSE kernel is float only",
+    "MaxPooling3D": "the target has no 3-D pooling kernel",
+    "AveragePooling3D": "the target has no 3-D pooling kernel",
 }
 
 
-def _symbolic(layer: Any, inputs: list[Any], node: Any) -> Any:
+def _symbolic(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     """A user's own layer: a copy of it called on symbolic inputs shows its ops."""
-    if type(layer) in NO_INTEGER:
-        return NO_INTEGER[type(layer)]
-    if type(layer).__module__.startswith("keras.src.layers"):
-        return f"{type(layer).__name__} has no integer form on the target"
-    table = {id(t): x for t, x in zip(node.arguments.keras_tensors, inputs, strict=True)}
-    args, kwargs = node.arguments.fill_in(table)
+    if g.is_own_class(layer):
+        name = type(layer).__name__
+        return NO_INTEGER.get(name, f"{name} has no integer form on the target")
+    args, kwargs = call.fill(inputs)
     copy = type(layer).from_config(layer.get_config())
     copy(*args, **kwargs)
     copy.set_weights(layer.get_weights())
     outputs = copy.call(*args, **kwargs)
-    if any(y is x for y in tree.flatten(outputs) for x in inputs):
+    if any(y is x for y in g.tree.flatten(outputs) for x in inputs):
         return "identity"
     return outputs

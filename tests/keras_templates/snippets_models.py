@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import keras
-from keras import layers, ops
+from keras_generation import IS_KERAS3, keras, layers, ops
 
-from .snippets import IMAGE, TOKENS, snippet
+from keras_templates.snippets import IMAGE, TOKENS, snippet
 
 # -- identity in the artifact -----------------------------------------------------------------------------------------
 
@@ -147,7 +146,7 @@ def behind_all_zero(x):
 # -- what the table as a whole must hold ------------------------------------------------------------------------------
 
 SUBCLASSED = Block
-# Issue 2, "Layers and models that must work": layer classes that some snippet must hold.
+# Layer classes that some snippet must hold.
 REQUIRED_LAYERS = frozenset(
     """
     Conv1D Conv2D DepthwiseConv1D DepthwiseConv2D SeparableConv1D SeparableConv2D Conv1DTranspose Conv2DTranspose Dense
@@ -157,6 +156,6 @@ REQUIRED_LAYERS = frozenset(
     ZeroPadding2D Cropping1D Cropping2D Reshape Flatten Permute RepeatVector Dropout SpatialDropout2D GaussianNoise
     GaussianDropout AlphaDropout RandomFlip RandomRotation RandomZoom RandomTranslation RandomContrast RandomBrightness
     LayerNormalization GroupNormalization UnitNormalization MultiHeadAttention Rescaling Normalization Lambda
-    Sequential Functional GetItem
+    Sequential Functional
 """.split()
-)
+) | {"GetItem" if IS_KERAS3 else "SlicingOpLambda"}

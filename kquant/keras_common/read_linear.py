@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
-from keras import layers
 
-from kquant.keras3.handlers import reads, weight
-from kquant.keras3.layers import QuantizedLayer
-from kquant.keras3.linear import LINEAR
-from kquant.keras3.read import Reader, Source
-from kquant.keras3.read_layers import activation, not_channels_last
+from kquant.keras_common.generation import Call, Source
+from kquant.keras_common.handlers import reads, reads_own, weight
+from kquant.keras_common.read_layers import activation, not_channels_last
+from kquant.keras_common.reader import Reader
 
 
 def _geometry(layer: Any) -> dict:
@@ -60,24 +57,24 @@ def _prelu(layer: Any) -> tuple[str, dict]:
     return "prelu", {}
 
 
-KINDS: dict[type, Callable[[Any], tuple[str, dict]]] = {
-    layers.Conv1D: _conv,
-    layers.Conv2D: _conv,
-    layers.DepthwiseConv1D: _depthwise,
-    layers.DepthwiseConv2D: _depthwise,
-    layers.Conv1DTranspose: _transposed,
-    layers.Conv2DTranspose: _transposed,
-    layers.Dense: _dense,
-    layers.EinsumDense: _einsum,
-    layers.Embedding: _embedding,
-    layers.PReLU: _prelu,
+KINDS: dict[str, Callable[[Any], tuple[str, dict]]] = {
+    "Conv1D": _conv,
+    "Conv2D": _conv,
+    "DepthwiseConv1D": _depthwise,
+    "DepthwiseConv2D": _depthwise,
+    "Conv1DTranspose": _transposed,
+    "Conv2DTranspose": _transposed,
+    "Dense": _dense,
+    "EinsumDense": _einsum,
+    "Embedding": _embedding,
+    "PReLU": _prelu,
 }
 
 
-def _why_opaque(layer: Any) -> str | None:
-    if isinstance(layer, layers.Embedding) and layer.mask_zero:
+def _why_opaque(layer: Any, kind: str) -> str | None:
+    if kind == "embedding" and layer.mask_zero:
         return "mask_zero=True: masks have no counterpart in the artifact"
-    if getattr(layer, "rank", 0) and "Transpose" in type(layer).__name__ and set(layer.dilation_rate) != {1}:
+    if kind == "conv2d_transpose" and set(layer.dilation_rate) != {1}:
         return "a dilated transposed convolution has no kernel on the target"
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):
         return "a layer with LoRA or Keras' own quantization cannot be quantized again"
@@ -85,34 +82,34 @@ def _why_opaque(layer: Any) -> str | None:
 
 
 @reads(*KINDS)
-def read_linear(r: Reader, layer: Any, inputs: list[str], node: Any) -> list[str]:
+def read_linear(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
     """A layer with a kernel; its activation becomes an op of its own."""
-    kind, attrs = KINDS[type(layer)](layer)
-    reason = _why_opaque(layer) or attrs.get("reason")
+    kind, attrs = KINDS[type(layer).__name__](layer)
+    reason = _why_opaque(layer, kind) or attrs.get("reason")
     if reason:
-        return r.unknown(layer, inputs, node, reason)
-    split = hasattr(layer, "activation") and layer.activation is not keras.activations.linear
+        return r.unknown(layer, inputs, call, reason)
+    split = hasattr(layer, "activation") and r.generation.known_function(layer.activation) != "linear"
     source = r.clone(layer, activation=None) if split else r.clone(layer)
-    outputs = _add_linear(r, layer, layer, kind, attrs, inputs, node, source, None)
+    outputs = _add_linear(r, layer, layer, kind, attrs, inputs, call, source, None)
     return activation(r, layer, layer.activation, outputs) if split else outputs
 
 
-@reads(QuantizedLayer)
-def read_quantized(r: Reader, wrapper: QuantizedLayer, inputs: list[str], node: Any) -> list[str]:
+@reads_own("QuantizedLayer")
+def read_quantized(r: Reader, wrapper: Any, inputs: list[str], call: Call) -> list[str]:
     """The wrapper of a quantized model: the same op, with its formula."""
     layer = wrapper.layer
-    kind, attrs = KINDS[type(layer)](layer)
+    kind, attrs = KINDS[type(layer).__name__](layer)
 
-    def call(values: Any, float_weights: bool = False) -> list[Any]:
+    def run(values: Any, float_weights: bool = False) -> list[Any]:
         return [wrapper(values[0], quantized=not float_weights)]
 
-    return _add_linear(r, wrapper, layer, kind, attrs, inputs, node, r.clone(wrapper), call)
+    return _add_linear(r, wrapper, layer, kind, attrs, inputs, call, r.clone(wrapper), run)
 
 
 def _add_linear(
-    r: Reader, owner: Any, layer: Any, kind: str, attrs: dict, inputs: Any, node: Any, source: Source, call: Any
+    r: Reader, owner: Any, layer: Any, kind: str, attrs: dict, inputs: Any, call: Call, source: Source, run: Any
 ) -> list[str]:
-    rule = LINEAR[type(layer)]
+    rule = r.generation.linear[type(layer)]
     axes = rule.axes(layer)
     weights = {"kernel": weight(rule.kernel(layer))}
     if rule.bias(layer) is not None:
@@ -124,5 +121,4 @@ def _add_linear(
             formula=owner.formula,
             codes=lambda: tuple(np.asarray(a) for a in owner.codes()),
         )
-    shapes = [node.outputs[0].shape]
-    return r.add(kind, owner, inputs, shapes, source, attrs=attrs, weights=weights, call=call)
+    return r.add(kind, owner, inputs, [call.shape], source, attrs=attrs, weights=weights, call=run)

@@ -1,0 +1,48 @@
+"""The tf_keras layers that normalizations become."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import tensorflow as tf
+import tf_keras
+
+from kquant.keras_common.norms import ChannelAffineBase, Freezable, ReciprocalRootBase, ScaledSoftmaxBase
+
+register = tf_keras.saving.register_keras_serializable(package="kquant")
+WITHOUT_AUTOCAST = {"experimental_autocast": False}
+
+
+@register
+class BatchNormalization(Freezable, tf_keras.layers.BatchNormalization):
+    """tf_keras' batch normalization whose statistics can be frozen while training goes on.
+
+    While the variable `frozen` is 1, training steps normalize by the moving statistics, as inference does, and leave
+    them as they are. No recompilation is needed.
+    """
+
+    without_autocast: ClassVar = WITHOUT_AUTOCAST
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape)
+        self.frozen = self.add_state("frozen")
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+        if not training or not self.trainable:
+            return super().call(inputs, training=False, mask=mask)
+        return super().call(inputs, training=tf.equal(tf.convert_to_tensor(self.frozen), 0.0), mask=mask)
+
+
+@register
+class ChannelAffine(ChannelAffineBase, tf_keras.layers.Layer):
+    __doc__ = ChannelAffineBase.__doc__
+
+
+@register
+class ReciprocalRoot(ReciprocalRootBase, tf_keras.layers.Layer):
+    __doc__ = ReciprocalRootBase.__doc__
+
+
+@register
+class ScaledSoftmax(ScaledSoftmaxBase, tf_keras.layers.Layer):
+    __doc__ = ScaledSoftmaxBase.__doc__

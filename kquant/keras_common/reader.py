@@ -1,0 +1,249 @@
+"""Read a Keras model into the neutral graph.
+
+Functional, Sequential and nested models are walked call by call; composite and subclassed ones are first rewritten as
+small functional models in plain Keras (`kquant.keras_common.composite`) and walked the same way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from kquant.core.errors import ModelError
+from kquant.core.graph import Graph, Op, Tensor, Weight
+from kquant.keras_common.generation import Call, Generation, Source
+
+
+@dataclass
+class _Scope:
+    """Where the walk is: the path of enclosing models, and the composite layer being expanded, if any."""
+
+    path: tuple[str, ...] = ()
+    composite: tuple[str, str] | None = None  # (path, type name)
+
+
+class Reader:
+    """Walks a model and collects the ops of its graph."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+        self.layers, self.operations, self.own = generation.layers, generation.ops, generation.own
+        self.ops: list[Op] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.scope = _Scope()
+        self._ids: Counter[str] = Counter()
+        self._expanded: dict[Any, Any] = {}
+        self._handlers = _handlers(generation)
+
+    # -- used by the handlers -------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        kind: str,
+        layer: Any,
+        inputs: Sequence[str],
+        shapes: Sequence[Any],
+        source: Source,
+        *,
+        attrs: dict | None = None,
+        weights: dict[str, Weight] | None = None,
+        suffix: str = "",
+        call: Callable | None = None,
+        dtype: str | Sequence[str] = "float32",
+    ) -> list[str]:
+        """Append an op of `layer`; returns the ids of its outputs, whose shapes (None for unknown) are given."""
+        path = "/".join((*self.scope.path, layer.name)) + suffix
+        op_id = self.unique(path)
+        outputs = [op_id if i == 0 else f"{op_id}:{i}" for i in range(len(shapes))]
+        types = [dtype] * len(shapes) if isinstance(dtype, str) else list(dtype)
+        for tensor, shape, kind_of in zip(outputs, shapes, types, strict=True):
+            self.tensors[tensor] = Tensor(tensor, tuple(shape), kind_of)
+        composite = self.scope.composite
+        parents = ["/".join(self.scope.path[: i + 1]) for i in range(len(self.scope.path))]
+        aliases = tuple(dict.fromkeys((path, layer.name, *parents, *((composite[0],) if composite else ()))))
+        self.ops.append(
+            Op(
+                op_id,
+                kind,
+                tuple(inputs),
+                tuple(outputs),
+                {**(attrs or {}), "aliases": aliases},
+                weights or {},
+                composite[0] if composite else path,
+                composite[1] if composite else type(layer).__name__,
+                call or self._caller(source, layer),
+                source,
+            )
+        )
+        return outputs
+
+    def constant(self, value: np.ndarray, near: str) -> str:
+        """A constant tensor; returns its id."""
+        tensor = self.unique(f"{near}/constant")
+        self.tensors[tensor] = Tensor(tensor, tuple(value.shape), str(value.dtype), value)
+        return tensor
+
+    def unique(self, name: str) -> str:
+        """`name`, with `#2`, `#3` ... when it was used before."""
+        self._ids[name] += 1
+        return name if self._ids[name] == 1 else f"{name}#{self._ids[name]}"
+
+    def shape(self, tensor: str) -> tuple:
+        """The shape of a tensor that was read."""
+        return self.tensors[tensor].shape
+
+    def clone(self, layer: Any, **changes: Any) -> Source:
+        """A source that makes `layer` again with some of its config changed, and its weights."""
+
+        def build() -> Any:
+            return type(layer).from_config({**layer.get_config(), **changes})
+
+        return Source(id(layer), build, layer.get_weights, _invoke_layer, layer.name)
+
+    def again(self, layer: Any, call: Call) -> Source:
+        """A source that makes `layer` again and calls it with the call's other arguments."""
+        base = self.clone(layer)
+        return Source(base.key, base.build, base.weights, call.invoke, layer.name)
+
+    def operation(self, call: Call) -> Source:
+        """A source that calls the same stateless operation with the call's other arguments."""
+        operation = call.layer
+        return Source(id(operation), lambda: operation, None, call.invoke, operation.name, is_operation=True)
+
+    @contextmanager
+    def inside(self, name: str, composite: tuple[str, str] | None = None) -> Any:
+        """Walk inside a nested model, or the parts of a composite layer."""
+        before = self.scope
+        own = composite or before.composite
+        self.scope = _Scope((*before.path, name), own)
+        yield
+        self.scope = before
+
+    # -- the walk -------------------------------------------------------------------------------------------------
+
+    def _caller(self, source: Source, layer: Any) -> Callable:
+        def call(inputs: Sequence[Any], float_weights: bool = False) -> list[Any]:
+            return self.generation.tree.flatten(source.invoke(layer, inputs))
+
+        return call
+
+    def function(self, model: Any, inputs: Sequence[str]) -> list[str]:
+        """Walk a functional model whose inputs are the given tensors; returns its output tensors."""
+        known = {id(t): name for t, name in zip(model.inputs, inputs, strict=True)}
+        for call in self.generation.calls(model):
+            outputs = self.call(call, [known[id(t)] for t in call.inputs])
+            known.update(zip(map(id, call.outputs), outputs, strict=True))
+        return [known[id(t)] for t in model.outputs]
+
+    def call(self, call: Call, inputs: list[str]) -> list[str]:
+        """Read one call of a layer or an operation."""
+        from kquant.keras_common.composite import expand
+        from kquant.keras_common.read_ops import read_operation
+
+        layer = call.layer
+        if isinstance(layer, self.generation.keras.Model):
+            return self._nested(layer, inputs)
+        named = self.generation.operation(call)
+        if named is not None:
+            return read_operation(self, call, inputs, *named)
+        handler = self._handlers.get(type(layer))
+        if handler is not None:
+            return handler(self, layer, inputs, call)
+        if id(layer) not in self._expanded:
+            self._expanded[id(layer)] = expand(self.generation, call)
+        parts = self._expanded[id(layer)]
+        if parts == "identity":
+            return self.add("identity", layer, inputs, call.shapes, self.clone(layer), call=unchanged)
+        if isinstance(parts, str):
+            return self.unknown(layer, inputs, call, parts)
+        path = "/".join((*self.scope.path, layer.name))
+        with self.inside(layer.name, (path, type(layer).__name__)):
+            return self.function(parts, inputs)
+
+    def unknown(self, layer: Any, inputs: list[str], call: Call, reason: str) -> list[str]:
+        """A layer that has no integer form; it can only stay in float."""
+        return self.add("opaque", layer, inputs, call.shapes, self.again(layer, call), attrs={"reason": reason})
+
+    def _nested(self, model: Any, inputs: list[str]) -> list[str]:
+        form = self._expanded.setdefault(id(model), self.generation.functional(model))
+        with self.inside(model.name):
+            return self.function(form, inputs)
+
+
+def _handlers(generation: Generation) -> dict[type, Callable]:
+    from kquant.keras_common.handlers import handlers_of
+
+    return handlers_of(generation)
+
+
+def unchanged(values: Any, float_weights: bool = False) -> list[Any]:
+    """What an identity op computes in inference; augmentation layers called alone would augment."""
+    return [values[0]]
+
+
+def _invoke_layer(layer: Any, inputs: Sequence[Any]) -> Any:
+    return layer(inputs[0] if len(inputs) == 1 else list(inputs))
+
+
+def read(generation: Generation, model: Any) -> Graph:
+    """Read a Keras model.
+
+    Args:
+        generation: of Keras.
+        model: a built model of it: Sequential, functional, nested, or subclassed and callable on symbolic inputs.
+
+    Returns:
+        The graph; weights are read when asked for, so it follows the model's training.
+
+    Raises:
+        ModelError: not a model of this generation, not built, empty, or not readable.
+    """
+    if not isinstance(model, generation.keras.Model):
+        raise ModelError("model", f"a built {generation.package}.Model ({generation.title})", type(model).__name__)
+    reader = Reader(generation)
+    form = generation.functional(model)
+    inputs = []
+    for tensor in form.inputs:
+        name = reader.unique(generation.maker(tensor)[0].name)
+        reader.tensors[name] = Tensor(name, generation.shape(tensor), generation.dtype(tensor))
+        inputs.append(name)
+    outputs = reader.function(form, inputs)
+    if not reader.ops:
+        raise ModelError(f"model {model.name!r}", "a model with at least one layer", "an empty model")
+    _numbers_are_float(reader, inputs)
+    names = tuple(dict.fromkeys(_output_names(generation, form)))
+    return Graph(
+        tuple(reader.ops),
+        reader.tensors,
+        tuple(inputs),
+        tuple(outputs),
+        model.name,
+        tuple(inputs),
+        names if len(names) == len(outputs) else tuple(f"output_{i}" for i in range(len(outputs))),
+    )
+
+
+def _numbers_are_float(reader: Reader, inputs: list[str]) -> None:
+    """An integer input that no embedding looks up holds numbers (pixels), which the artifact takes as real values."""
+    ids = {t for op in reader.ops if op.kind in ("embedding", "gather") for t in op.inputs}
+    for name in inputs:
+        if name not in ids and reader.tensors[name].dtype != "float32":
+            reader.tensors[name] = replace(reader.tensors[name], dtype="float32")
+
+
+def _output_names(generation: Generation, form: Any) -> list[str]:
+    outputs = generation.structures(form)[1]
+    return list(outputs) if isinstance(outputs, dict) else [_named(generation, t).name for t in form.outputs]
+
+
+def _named(generation: Generation, tensor: Any) -> Any:
+    """The layer that made a tensor, before any fake quantization."""
+    layer, given = generation.maker(tensor)
+    while isinstance(layer, generation.own.FakeQuantize):
+        layer, given = generation.maker(given[0])
+    return layer
