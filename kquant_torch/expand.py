@@ -19,7 +19,6 @@ from kquant_torch.functions import channel_affine, reciprocal_root, scaled_softm
 from kquant_torch.handlers import function_name
 from kquant_torch.trace import Described, Inputs, drop_unused, propagate
 
-ROUNDS = 8  # of expansion: a transformer layer holds attention, which holds products
 Expander = Callable[..., Any]
 MODULES: dict[type, Expander] = {}
 FUNCTIONS: dict[str, Expander] = {}
@@ -31,7 +30,10 @@ class Site:
     def __init__(self, model: nn.Module, node: fx.Node, tracer: Any):
         self.model, self.node, self.tracer = model, node, tracer
         self.path = str(node.target) if node.op == "call_module" else ""
-        self.module: Any = model.get_submodule(self.path) if self.path else None
+        self.module: Any = model.get_submodule(self.path) if node.op == "call_module" else None
+
+    def _inside(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
 
     def shape(self, proxy: fx.Proxy) -> tuple[int, ...]:
         """The sizes of a proxy's tensor on the example inputs."""
@@ -41,12 +43,16 @@ class Site:
         """A parameter of the module, or None."""
         if getattr(self.module, name, None) is None:
             return None
-        return fx.Proxy(self.node.graph.get_attr(f"{self.path}.{name}"), self.tracer)
+        return self.get(name)
+
+    def get(self, path: str) -> Any:
+        """An attribute by its path inside the module."""
+        return fx.Proxy(self.node.graph.get_attr(self._inside(path)), self.tracer)
 
     def call(self, name: str, *args: Any) -> Any:
         """A call of a module inside the module."""
         nodes = tuple(a.node if isinstance(a, fx.Proxy) else a for a in args)
-        return fx.Proxy(self.node.graph.call_module(f"{self.path}.{name}", nodes), self.tracer)
+        return fx.Proxy(self.node.graph.call_module(self._inside(name), nodes), self.tracer)
 
 
 def expands_module(*classes: type) -> Callable[[Expander], Expander]:
@@ -71,18 +77,19 @@ def expands(*names: str) -> Callable[[Expander], Expander]:
 
 def expand(model: nn.Module, code: fx.Graph, inputs: Inputs) -> None:
     """Rewrite all composites of a graph, in place, until none is left."""
-    for _ in range(ROUNDS):
+    found = [True]
+    while any(found):
         propagate(model, code, inputs.values)
         found = [_expand_node(model, node) for node in list(code.nodes)]
         drop_unused(code)
-        if not any(found):
-            return
 
 
 def _expand_node(model: nn.Module, node: fx.Node) -> bool:
     expander = _expander(model, node)
-    if expander is None or not isinstance(node.meta["value"], (Described, tuple, list)):
+    if expander is None or not isinstance(node.meta.get("value"), (Described, tuple, list)):
         return False
+    if any("value" not in n.meta for n in node.all_input_nodes):
+        return False  # it follows another composite; its turn comes when that one's parts have shapes
     tracer = fx.proxy.GraphAppendingTracer(node.graph)
     site = Site(model, node, tracer)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: fx.Proxy(n, tracer))
@@ -115,8 +122,9 @@ def _note_origin(part: fx.Node, node: fx.Node, site: Site) -> None:
     part.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
     if "of" in node.meta:
         part.meta["of"] = node.meta["of"]
-    elif site.path:
-        part.meta["of"] = (site.path, type(site.module).__name__)
+    elif site.module is not None:
+        kind = type(site.module).__name__
+        part.meta["of"] = (site.path or kind, kind)
 
 
 def _replace(node: fx.Node, result: Any) -> None:
@@ -348,7 +356,7 @@ def _multi_head(
 def _child_parameter(site: Site, child: str, name: str) -> Any:
     if getattr(getattr(site.module, child), name) is None:
         return None
-    return fx.Proxy(site.node.graph.get_attr(f"{site.path}.{child}.{name}"), site.tracer)
+    return site.get(f"{child}.{name}")
 
 
 @expands_module(nn.TransformerEncoderLayer)

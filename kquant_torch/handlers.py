@@ -35,7 +35,9 @@ def reads_module(*classes: type) -> Callable[[Handler], Handler]:
 
 
 def function_name(node: fx.Node) -> str:
-    """The name of a function or method without its underscores."""
+    """The name of a function or method without its underscores, or of the function that a module is read as."""
+    if node.op == "call_module":
+        return str(node.meta.get("function", node.target))
     target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     return str(target).strip("_")
 

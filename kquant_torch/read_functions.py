@@ -63,9 +63,12 @@ def _linear(r: Reader, node: fx.Node, input: Any, weight: Any, bias: Any = None)
 
 
 @reads("embedding")
-def _embedding(r: Reader, node: fx.Node, input: Any, weight: Any, padding_idx: Any = None, **settings: Any) -> Any:
-    if any(settings.values()):
-        raise Refused(f"embedding with {', '.join(k for k, v in settings.items() if v)} has no integer form")
+def _embedding(
+    r: Reader, node: fx.Node, input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *rest: Any,
+    **settings: Any,
+) -> Any:  # fmt: skip
+    if max_norm is not None:
+        raise Refused("max_norm changes the embedding's weights while it runs")
     return read_kernel(r, node, "embedding", input, weight, None, {})
 
 

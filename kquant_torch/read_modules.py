@@ -192,6 +192,7 @@ RENAMED = {nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.LeakyReLU: "leaky_relu
 @reads_module(*AS_FUNCTION)
 def _as_function(r: Reader, node: fx.Node, module: Any, input: Any) -> Any:
     name, attributes = AS_FUNCTION[type(module)]
+    node.meta["function"] = name
     return FUNCTIONS[name](r, node, input, **{a: getattr(module, a) for a in attributes})
 
 

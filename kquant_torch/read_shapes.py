@@ -20,7 +20,7 @@ def _tuple(value: Any, rank: int) -> tuple[int, ...]:
 
 
 def _window(r: Reader, node: fx.Node, input: fx.Node, kernel_size: Any, stride: Any, padding: Any) -> dict:
-    rank = int(function_name(node)[-2]) if node.op != "call_module" else r.rank(input) - 2
+    rank = int(function_name(node)[-2])
     if r.rank(input) != rank + 2:
         raise Refused("a pool needs a batch axis")
     size = _tuple(r.constant_of(kernel_size), rank)

@@ -133,6 +133,8 @@ def _trace_once(model: nn.Module, inputs: Inputs, leaves: frozenset[str] = froze
         own = tracer.is_leaf_module
         tracer.is_leaf_module = lambda m, name: name in leaves or own(m, name)  # type: ignore[method-assign]
     try:
+        if is_composite(model):
+            return _as_one_call(inputs), frozenset()
         graph = tracer.trace(model, concrete_args=inputs.defaults or None)
     except Exception as error:  # whatever a user's code raises on symbolic values
         first = (str(error).strip().splitlines() or [""])[0]
@@ -142,6 +144,21 @@ def _trace_once(model: nn.Module, inputs: Inputs, leaves: frozenset[str] = froze
     _dropouts_as_modules(graph)
     drop_unused(graph)
     return graph, frozenset(tracer.training_only)
+
+
+def is_composite(model: nn.Module) -> bool:
+    """Whether a model is itself a layer that is rewritten as the functions that it is made of."""
+    from kquant_torch.expand import MODULES
+
+    return type(model) in MODULES
+
+
+def _as_one_call(inputs: Inputs) -> fx.Graph:
+    """A graph that calls the model itself, which the expansion then replaces."""
+    graph = fx.Graph()
+    names = {name: graph.placeholder(name) for name in inputs.values}
+    graph.output(graph.call_module("", (), names))
+    return graph
 
 
 def drop_unused(graph: fx.Graph) -> None:
@@ -231,6 +248,9 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         n.meta[self.key] = pytree.tree_map(_described, value)
         return value
+
+    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        return self.module.get_submodule(target).forward(*args, **kwargs)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target in DROPOUTS:

@@ -26,6 +26,8 @@ def is_elementwise(function: Callable[[np.ndarray], np.ndarray]) -> bool:
         return False
     if flat.shape != probe.shape:
         return False
-    return np.array_equal(flat[order], mixed, equal_nan=True) and np.allclose(
-        flat, shaped.ravel(), rtol=1e-6, atol=1e-7, equal_nan=True
+    # Kernels compute the last values of an array without vector instructions, which may differ in the last bits.
+    return all(
+        np.allclose(a, b, rtol=1e-6, atol=1e-7, equal_nan=True)
+        for a, b in ((flat[order], mixed), (flat, shaped.ravel()))
     )

@@ -1,0 +1,362 @@
+"""Small modules, one per layer class, function or way of writing: name -> (module, example inputs, kinds expected)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that everybody uses
+from torch import nn
+
+
+class Call(nn.Module):
+    """Modules by name, and a function of them and the inputs."""
+
+    def __init__(self, function: Callable, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+            elif isinstance(part, nn.Parameter):
+                self.register_parameter(name, part)
+            else:
+                self.register_buffer(name, part)
+
+    def forward(self, *xs):
+        return self.function(self, *xs)
+
+
+class One(Call):
+    """A function of the module and one input."""
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class Two(Call):
+    """A function of the module and two inputs."""
+
+    def forward(self, x, y):
+        return self.function(self, x, y)
+
+
+def image(channels: int = 4, size: int = 8, batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, channels, size, size)
+
+
+def rows(size: int = 6, batch: int = 4) -> torch.Tensor:
+    return torch.randn(batch, size)
+
+
+def tokens(length: int = 5, size: int = 8) -> torch.Tensor:
+    return torch.randn(2, length, size)
+
+
+def vector(size: int, at: float = 1.0) -> nn.Parameter:
+    return nn.Parameter(torch.linspace(0.5, at + 1, size))
+
+
+def added(pair):
+    a, b = pair
+    return a + b
+
+
+def multiplied(pair):
+    a, b = pair
+    return a * b
+
+
+# name: (module maker, input maker or tuple of them, kinds that the graph must hold, in any order)
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(4, 5, 3, padding=1), lambda: torch.randn(3, 4, 9), ["conv2d"]),
+    "conv2d": (lambda: nn.Conv2d(4, 5, 3, 2, 1), image, ["conv2d"]),
+    "conv2d same": (lambda: nn.Conv2d(4, 5, 3, padding="same", dilation=2), image, ["conv2d"]),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), lambda: torch.randn(2, 2, 4, 4, 4), ["conv2d"]),
+    "grouped conv": (lambda: nn.Conv2d(4, 6, 3, groups=2), image, ["conv2d"]),
+    "depthwise conv": (lambda: nn.Conv2d(4, 8, 3, groups=4, bias=False), image, ["conv2d"]),
+    "transposed conv1d": (lambda: nn.ConvTranspose1d(4, 3, 3, 2), lambda: torch.randn(2, 4, 5), ["conv2d_transpose"]),
+    "transposed conv2d": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), image, ["conv2d_transpose"]),
+    "transposed conv3d": (
+        lambda: nn.ConvTranspose3d(2, 3, 2),
+        lambda: torch.randn(2, 2, 3, 3, 3),
+        ["conv2d_transpose"],
+    ),
+    "grouped transposed conv": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, groups=2), image, ["conv2d_transpose"]),
+    "linear": (lambda: nn.Linear(6, 3), rows, ["dense"]),
+    "linear on tokens": (lambda: nn.Linear(8, 3), tokens, ["dense"]),
+    "bilinear": (
+        lambda: Two(lambda m, x, y: m.b(x, y), b=nn.Bilinear(6, 5, 3)),
+        (rows, lambda: rows(5)),
+        ["dense", "reshape", "mul", "sum", "channel_affine"],
+    ),
+    "embedding": (
+        lambda: nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 2)),
+        lambda: torch.randint(0, 10, (3, 4)),
+        ["embedding", "dense"],
+    ),
+    "embedding bag": (
+        lambda: nn.Sequential(nn.EmbeddingBag(10, 6), nn.Linear(6, 2)),
+        lambda: torch.randint(0, 10, (3, 4)),
+        ["embedding", "mean", "dense"],
+    ),
+    "prelu": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.PReLU(4)), image, ["conv2d", "prelu"]),
+    "batch norm alone": (
+        lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)),
+        image,
+        ["channel_affine", "conv2d"],
+    ),
+    "conv1d + norm": (
+        lambda: nn.Sequential(nn.Conv1d(4, 5, 3), nn.BatchNorm1d(5), nn.ReLU()),
+        lambda: torch.randn(3, 4, 9),
+        ["conv2d", "channel_affine", "relu"],
+    ),
+    "transposed conv + norm": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ReLU6()),
+        image,
+        ["conv2d_transpose", "channel_affine", "relu"],
+    ),
+    "linear + norm": (lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), rows, ["dense", "channel_affine"]),
+    "conv3d + norm": (
+        lambda: nn.Sequential(nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3), nn.ReLU()),
+        lambda: torch.randn(2, 2, 4, 4, 4),
+        ["conv2d", "channel_affine", "relu"],
+    ),
+    "layer norm": (
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)),
+        tokens,
+        ["dense", "mean", "sub", "mul", "mean", "elementwise", "mul", "channel_affine"],
+    ),
+    "layer norm over an image": (
+        lambda: nn.LayerNorm((4, 8, 8)),
+        image,
+        ["mean", "sub", "mul", "mean", "elementwise", "mul", "mul", "add"],
+    ),
+    "rms norm": (lambda: nn.RMSNorm(8), tokens, ["mul", "mean", "elementwise", "mul", "channel_affine"]),
+    "group norm": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)),
+        image,
+        ["conv2d", "reshape", "mean", "sub", "mul", "mean", "elementwise", "mul", "reshape", "channel_affine"],
+    ),
+    "instance norm": (
+        lambda: nn.InstanceNorm2d(4, affine=True),
+        image,
+        ["mean", "sub", "mul", "mean", "elementwise", "mul", "channel_affine"],
+    ),
+    "attention": (
+        lambda: One(lambda m, x: m.a(x, x, x, need_weights=False)[0], a=nn.MultiheadAttention(8, 2, batch_first=True)),
+        tokens,
+        ["dense"] * 4 + ["reshape", "transpose"] * 4 + ["transpose", "batch_matmul", "softmax", "batch_matmul"],
+    ),
+    "encoder layer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+        tokens,
+        ["softmax", "relu"],
+    ),
+    "max pools": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.MaxPool2d(3, 2, 1)), image, ["conv2d", "max_pool2d"]),
+    "max pool 1d": (
+        lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.MaxPool1d(2)),
+        lambda: torch.randn(2, 4, 8),
+        ["conv2d", "max_pool2d"],
+    ),
+    "average pool": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.AvgPool2d(2)), image, ["conv2d", "avg_pool2d"]),
+    "average pool over everything": (lambda: nn.AvgPool2d(8), image, ["mean"]),
+    "adaptive pools": (
+        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.AdaptiveMaxPool2d(1)),
+        image,
+        ["avg_pool2d", "reduce_max"],
+    ),
+    "adaptive average": (lambda: nn.AdaptiveAvgPool2d((1, 1)), image, ["mean"]),
+    "upsample nearest": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Upsample(scale_factor=2)),
+        image,
+        ["conv2d", "resize_nearest"],
+    ),
+    "upsample bilinear": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Upsample(size=12, mode="bilinear", align_corners=False)),
+        image,
+        ["conv2d", "resize_bilinear"],
+    ),
+    "paddings": (
+        lambda: nn.Sequential(nn.ZeroPad2d(1), nn.ReflectionPad2d((1, 0, 0, 1)), nn.Conv2d(4, 2, 3)),
+        image,
+        ["pad", "mirror_pad", "conv2d"],
+    ),
+    "pixel shuffle": (
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 1), nn.PixelShuffle(2), nn.PixelUnshuffle(2)),
+        image,
+        ["conv2d", *["reshape", "transpose", "reshape"] * 2],
+    ),
+    "channel shuffle": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ChannelShuffle(2)),
+        image,
+        ["conv2d", "reshape", "transpose", "reshape"],
+    ),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 2)),
+        rows,
+        ["dense", "identity", "dense"],
+    ),
+    "flatten": (
+        lambda: nn.Sequential(nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(72, 3), nn.Unflatten(1, (3, 1))),
+        image,
+        ["conv2d", "reshape", "dense", "reshape"],
+    ),
+}
+
+ACTIVATIONS = {
+    "relu": (nn.ReLU(), "relu"), "relu6": (nn.ReLU6(), "relu"), "hardtanh": (nn.Hardtanh(), "elementwise"),
+    "sigmoid": (nn.Sigmoid(), "sigmoid"), "tanh": (nn.Tanh(), "tanh"), "gelu": (nn.GELU(), "elementwise"),
+    "gelu tanh": (nn.GELU("tanh"), "elementwise"), "elu": (nn.ELU(), "elementwise"), "selu": (nn.SELU(), "elementwise"),
+    "celu": (nn.CELU(), "elementwise"), "silu": (nn.SiLU(), "elementwise"), "mish": (nn.Mish(), "elementwise"),
+    "hardswish": (nn.Hardswish(), "elementwise"), "hardsigmoid": (nn.Hardsigmoid(), "elementwise"),
+    "leaky relu": (nn.LeakyReLU(0.1), "elementwise"), "softplus": (nn.Softplus(), "elementwise"),
+    "softsign": (nn.Softsign(), "elementwise"), "logsigmoid": (nn.LogSigmoid(), "elementwise"),
+    "softmax": (nn.Softmax(-1), "softmax"), "threshold": (nn.Threshold(0.1, 0.0), "elementwise"),
+    "hardshrink": (nn.Hardshrink(), "elementwise"), "tanhshrink": (nn.Tanhshrink(), "elementwise"),
+}  # fmt: skip
+
+_CONV = {"c": lambda: nn.Conv2d(4, 4, 1)}
+
+
+def one(function: Callable, kinds: list[str], make: Callable = image, **parts: Callable):
+    """A snippet of one input; parts are made anew for each module."""
+    return (lambda: One(function, **{k: p() for k, p in parts.items()}), make, kinds)
+
+
+FUNCTIONS = {
+    "F.relu": one(lambda m, x: F.relu(m.c(x)), ["conv2d", "relu"], **_CONV),
+    "in place": one(lambda m, x: m.c(x).relu_().add_(1.0).mul_(0.5), ["conv2d", "relu", "add", "mul"], **_CONV),
+    "F.relu in place": one(lambda m, x: F.relu(m.c(x), inplace=True), ["conv2d", "relu"], **_CONV),
+    "x + y": one(lambda m, x: m.c(x) + m.d(x), ["conv2d", "conv2d", "add"], c=_CONV["c"], d=_CONV["c"]),
+    "x += y": one(lambda m, x: operator.iadd(m.c(x), x), ["conv2d", "add"], **_CONV),
+    "x - y": one(lambda m, x: m.c(x) - x, ["conv2d", "sub"], **_CONV),
+    "x * y": one(lambda m, x: m.c(x) * torch.sigmoid(x), ["conv2d", "sigmoid", "mul"], **_CONV),
+    "x / y": one(
+        lambda m, x: m.c(x) / (x.abs() + 1.0), ["conv2d", "elementwise", "add", "elementwise", "mul"], **_CONV
+    ),
+    "scalars": one(lambda m, x: 2.0 - (m.c(x) * 3 + 1) / 4, ["conv2d", "mul", "add", "mul", "sub"], **_CONV),
+    "1 / x": one(lambda m, x: 1.0 / (m.c(x).abs() + 1.0), ["conv2d", "elementwise", "add", "elementwise"], **_CONV),
+    "x ** 2": one(lambda m, x: m.c(x) ** 2 + m.c(x).square(), ["conv2d", "conv2d", "mul", "mul", "add"], **_CONV),
+    "x ** 3": one(lambda m, x: m.c(x) ** 3, ["conv2d", "elementwise"], **_CONV),
+    "maximum": one(lambda m, x: torch.maximum(m.c(x), x), ["conv2d", "maximum"], **_CONV),
+    "clamp": one(
+        lambda m, x: m.c(x).clamp(0, 2) + m.c(x).clamp(-1, 1), ["conv2d"] * 2 + ["relu", "elementwise", "add"], **_CONV
+    ),
+    "cat": one(lambda m, x: torch.cat([m.c(x), x], 1), ["conv2d", "concat"], **_CONV),
+    "stack": one(
+        lambda m, x: torch.stack([m.c(x), x], 1).flatten(1, 2),
+        ["conv2d", "reshape", "reshape", "concat", "reshape"],
+        **_CONV,
+    ),
+    "chunk": one(lambda m, x: added(m.c(x).chunk(2, 1)), ["conv2d", "strided_slice", "strided_slice", "add"], **_CONV),
+    "split": one(
+        lambda m, x: multiplied(torch.split(m.c(x), [2, 2], dim=1)),
+        ["conv2d", "strided_slice", "strided_slice", "mul"],
+        **_CONV,
+    ),
+    "unbind": one(
+        lambda m, x: added(m.c(x).reshape(-1, 2, 2, 64).unbind(1)),
+        ["conv2d", "reshape", "strided_slice", "strided_slice", "add"],
+        **_CONV,
+    ),
+    "slices": one(lambda m, x: m.c(x)[:, 1:3, ::2, -1], ["conv2d", "strided_slice"], **_CONV),
+    "ellipsis": one(lambda m, x: m.c(x)[..., 2:], ["conv2d", "strided_slice"], **_CONV),
+    "gather": one(lambda m, x: m.c(x)[:, [3, 0, 1]], ["conv2d", "gather"], **_CONV),
+    "index_select": one(
+        lambda m, x: m.c(x).index_select(1, m.i), ["conv2d", "gather"], c=_CONV["c"], i=lambda: torch.tensor([2, 0])
+    ),
+    "mean": one(lambda m, x: m.c(x).mean((2, 3)), ["conv2d", "mean"], **_CONV),
+    "mean keepdim": one(lambda m, x: torch.mean(m.c(x), dim=[-2, -1], keepdim=True), ["conv2d", "mean"], **_CONV),
+    "sum": one(lambda m, x: m.c(x).sum(1), ["conv2d", "sum"], **_CONV),
+    "amax": one(lambda m, x: m.c(x).amax((2, 3)), ["conv2d", "reduce_max"], **_CONV),
+    "flatten": one(lambda m, x: torch.flatten(m.c(x), 1), ["conv2d", "reshape"], **_CONV),
+    "view": one(lambda m, x: m.c(x).view(x.size(0), -1), ["conv2d", "reshape"], **_CONV),
+    "view with shape": one(
+        lambda m, x: m.c(x).reshape(x.shape[0], 4, -1).transpose(1, 2), ["conv2d", "reshape", "transpose"], **_CONV
+    ),
+    "squeeze": one(
+        lambda m, x: m.c(x).mean(1, keepdim=True).squeeze(1).unsqueeze(1),
+        ["conv2d", "mean", "reshape", "reshape"],
+        **_CONV,
+    ),
+    "permute": one(
+        lambda m, x: m.c(x).permute(0, 2, 3, 1).movedim(3, 1), ["conv2d", "transpose", "transpose"], **_CONV
+    ),
+    "interpolate": one(
+        lambda m, x: F.interpolate(m.c(x), scale_factor=2, mode="nearest"), ["conv2d", "resize_nearest"], **_CONV
+    ),
+    "interpolate to a size": one(
+        lambda m, x: F.interpolate(m.c(x), size=x.shape[2:], mode="bilinear"), ["conv2d", "resize_bilinear"], **_CONV
+    ),
+    "pad": one(lambda m, x: F.pad(m.c(x), (1, 1, 0, 2)), ["conv2d", "pad"], **_CONV),
+    "pools": one(
+        lambda m, x: F.max_pool2d(m.c(x), 2) + F.avg_pool2d(x, 2),
+        ["conv2d", "max_pool2d", "avg_pool2d", "add"],
+        **_CONV,
+    ),
+    "adaptive": one(lambda m, x: F.adaptive_avg_pool2d(m.c(x), 1).flatten(1), ["conv2d", "mean", "reshape"], **_CONV),
+    "matmul": one(lambda m, x: m.c(x) @ x.transpose(-1, -2), ["conv2d", "transpose", "batch_matmul"], **_CONV),
+    "einsum": one(lambda m, x: torch.einsum("bchw,bdhw->bcd", m.c(x), x), ["batch_matmul"], **_CONV),
+    "sdpa": one(
+        lambda m, x: F.scaled_dot_product_attention(m.l(x), x, x),
+        ["dense", "batch_matmul", "softmax", "transpose", "batch_matmul"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+    ),
+    "F.conv2d": one(
+        lambda m, x: F.conv2d(x, m.w, m.b, padding=1),
+        ["conv2d"],
+        w=lambda: nn.Parameter(torch.randn(3, 4, 3, 3)),
+        b=lambda: vector(3),
+    ),
+    "F.linear": one(lambda m, x: F.linear(x, m.w), ["dense"], rows, w=lambda: nn.Parameter(torch.randn(3, 6))),
+    "x @ w": one(lambda m, x: x @ m.w, ["dense"], rows, w=lambda: nn.Parameter(torch.randn(6, 3))),
+    "scale and shift": one(
+        lambda m, x: m.c(x) * m.s.view(1, -1, 1, 1) + m.o.view(1, -1, 1, 1),
+        ["conv2d", "channel_affine", "channel_affine"],
+        c=_CONV["c"],
+        s=lambda: vector(4),
+        o=lambda: vector(4),
+    ),
+    "position": one(
+        lambda m, x: m.l(x) + m.p,
+        ["dense", "add"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        p=lambda: nn.Parameter(torch.randn(1, 5, 8)),
+    ),
+    "class token": one(
+        lambda m, x: torch.cat([m.t.expand(x.shape[0], -1, -1), m.l(x)], 1)[:, 0],
+        ["dense", "pad", "add", "strided_slice"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        t=lambda: nn.Parameter(torch.randn(1, 1, 8)),
+    ),
+    "expand": one(lambda m, x: m.c(x).mean(1, keepdim=True).expand(-1, 4, -1, -1), ["conv2d", "mean", "tile"], **_CONV),
+    "softmax": one(lambda m, x: F.softmax(m.l(x), dim=-1), ["dense", "softmax"], rows, l=lambda: nn.Linear(6, 4)),
+    "functional dropout": one(lambda m, x: F.dropout(m.c(x), 0.5, m.training), ["conv2d", "identity"], **_CONV),
+    "called twice": one(lambda m, x: m.c(m.c(x)), ["conv2d", "conv2d"], **_CONV),
+    "F.layer_norm": one(
+        lambda m, x: F.layer_norm(m.l(x), (8,)),
+        ["dense", "mean", "sub", "mul", "mean", "elementwise", "mul"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+    ),
+    "elementwise by name": one(
+        lambda m, x: torch.erf(m.c(x)) + torch.exp(-m.c(x).abs()), ["elementwise", "add"], **_CONV
+    ),
+}
+
+
+def example(snippet) -> tuple:
+    """The example inputs of a snippet, as a tuple."""
+    makers = snippet[1] if isinstance(snippet[1], tuple) else (snippet[1],)
+    return tuple(m() for m in makers)
+
+
+def activation(name: str) -> tuple:
+    """An activation behind a layer, as a snippet."""
+    module, kind = ACTIVATIONS[name]
+    return lambda: nn.Sequential(nn.Linear(6, 7), module), rows, ["dense", kind]
