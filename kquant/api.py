@@ -39,7 +39,7 @@ def front_end(model: Any) -> Any:
     - `attach(plan, model)`: the trainable quantized model;
     - `as_float32(model)`: the model itself, or a float32 copy of one that computes in less;
     - `take_state(model, exact)`: copy back what calibration set in that copy;
-    - `controlled(model)`: a `kquant.controls.Controlled`, or None for a float model;
+    - `controlled(model)`: a `kquant.core.controls.Controlled`, or None for a float model;
 
     and where a model is part of something larger that is changed in place, as in a graph,
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kquant.controls import Controlled
+from kquant.core.controls import Controlled
 from kquant.core.errors import ModelError
 from kquant.keras_common.generation import Generation
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kquant.controls import Controlled
+from kquant.core.controls import Controlled
 from kquant.tf1 import marks
 from kquant.tf1.graphs import as_model
 from kquant.tf1.read import NAME, complete, read_with_source
