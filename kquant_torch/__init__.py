@@ -12,6 +12,13 @@ from kquant.core.errors import (
 )
 from kquant_torch.api import DoReFaQuantizer, NaiveQuantizer, QAT_Quantizer, calibrate, plan, wrap
 from kquant_torch.audit import audit
+from kquant_torch.controls import (
+    freeze_batch_norm,
+    freeze_observers,
+    reestimate_batch_norm,
+    unfreeze_batch_norm,
+    unfreeze_observers,
+)
 from kquant_torch.export import export_torchscript
 from kquant_torch.run import load_artifact
 from kquant_torch.verify import verify
@@ -31,8 +38,13 @@ __all__ = [
     "audit",
     "calibrate",
     "export_torchscript",
+    "freeze_batch_norm",
+    "freeze_observers",
     "load_artifact",
     "plan",
+    "reestimate_batch_norm",
+    "unfreeze_batch_norm",
+    "unfreeze_observers",
     "verify",
     "wrap",
 ]

@@ -18,6 +18,7 @@ from kquant.core.int8_spec import Placement, row_of
 from kquant.core.placement import place
 from kquant.core.plan import Plan
 from kquant_torch.attach import attach
+from kquant_torch.data import arrays_of
 from kquant_torch.read import Reading, read, read_code
 from kquant_torch.root import is_quantized
 from kquant_torch.trace import as_arguments
@@ -186,27 +187,6 @@ def calibrate(qmodel: nn.Module, calibration_data: Any, observer: str = "auto") 
     """
     _check_choice("observer", observer, OBSERVERS)
     calibrate_graph(read(qmodel), arrays_of(calibration_data), observer)
-
-
-def arrays_of(data: Any) -> Any:
-    """Calibration data with arrays in the place of tensors, batch by batch."""
-    if isinstance(data, torch.Tensor):
-        return data.detach().cpu().numpy()
-    if isinstance(data, np.ndarray):
-        return data
-    if isinstance(data, dict):
-        return {k: arrays_of(v) for k, v in data.items()}
-    return (_batch(b) for b in data) if hasattr(data, "__iter__") else data
-
-
-def _batch(batch: Any) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.detach().cpu().numpy()
-    if isinstance(batch, dict):
-        return {k: _batch(v) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_batch(v) for v in batch) if type(batch) in (tuple, list) else tuple(map(_batch, batch))
-    return batch
 
 
 class _Quantizer:

@@ -128,7 +128,7 @@ class Builder:
             spec.bits, max(spec.sites, 1), fixed, spec.symmetric, spec.nonneg, spec.start_step,
             1.0 if spec.naive else EMA_DECAY,
         )  # fmt: skip
-        made.calls = 0
+        made.calls, made.name = 0, spec_id
         return made
 
     def _unique(self, name: str, keep: bool = False) -> str:

@@ -190,7 +190,7 @@ class FakeQuantize(Delayed):
         super().__init__()
         self.bits, self.sites, self.symmetric, self.nonneg, self.decay = bits, sites, symmetric, nonneg, decay
         self.fixed = None if fixed is None else (float(fixed[0]), float(fixed[1]))
-        self.frozen = False
+        self.frozen, self.name = False, ""
         self.register_buffer("fixed_range", torch.tensor(self.fixed or (0.0, 1.0)), persistent=False)
         if fixed is None:
             self.register_buffer("minimum", torch.zeros(sites))
@@ -258,6 +258,10 @@ class FakeQuantize(Delayed):
     def is_set(self) -> bool:
         """Whether the range has come from data, or is fixed."""
         return self.fixed is not None or bool(self.seen.amax() > 0)
+
+    def set_frozen(self, value: float) -> None:
+        """Let the range stand still in training (1) or move (0)."""
+        self.frozen = bool(value)
 
     @torch.no_grad()
     def set_range(

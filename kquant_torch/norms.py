@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import nn
 
 from kquant_torch.state import Stateful
+
+
+def batch_affine(module: nn.Module, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and offset per channel of a batch norm with these statistics, float64."""
+    weight, bias = (None if p is None else p.detach().cpu().double().numpy() for p in (module.weight, module.bias))
+    scale = (1.0 if weight is None else weight) / np.sqrt(variance + module.eps)
+    return scale, (0.0 if bias is None else bias) - mean * scale
 
 
 class FreezableBatchNorm(Stateful):
@@ -19,6 +27,20 @@ class FreezableBatchNorm(Stateful):
 
     def _own_state(self) -> list[str]:
         return ["frozen"]
+
+    def set_frozen(self, value: float) -> None:
+        """Let the statistics stand still (1) or move (0)."""
+        self.frozen = bool(value)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: np.ndarray, variance: np.ndarray) -> None:
+        """Set the running statistics, one value per channel."""
+        self.running_mean.copy_(torch.as_tensor(mean))
+        self.running_var.copy_(torch.as_tensor(variance))
+
+    def affine_of(self, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and offset per channel with these statistics, float64."""
+        return batch_affine(self, mean, variance)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Torch's function, with the running statistics if they are frozen."""

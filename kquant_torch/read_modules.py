@@ -14,7 +14,7 @@ from kquant.core.graph import Weight
 from kquant_torch.fake_quantize import FakeQuantize
 from kquant_torch.handlers import FUNCTIONS, opaque, reads_module
 from kquant_torch.kernels import read_layer
-from kquant_torch.norms import BATCH_NORMS
+from kquant_torch.norms import BATCH_NORMS, batch_affine
 from kquant_torch.read import Reader, Refused
 from kquant_torch.read_functions import add_relu
 from kquant_torch.weights import QUANTIZED, RECURRENT
@@ -109,20 +109,14 @@ def _batch_norm(r: Reader, node: fx.Node, module: Any, input: Any) -> Any:
     if module.running_mean is None:
         raise Refused("batch norm without running statistics has no integer form")
 
-    def array(value: Any) -> np.ndarray:
-        return value.detach().cpu().numpy().astype(np.float64)
-
-    def scale() -> np.ndarray:
-        sigma = np.sqrt(array(module.running_var) + module.eps)
-        return (array(module.weight) if module.affine else 1.0) / sigma
-
-    def offset() -> np.ndarray:
-        beta = array(module.bias) if module.affine else 0.0
-        return beta - array(module.running_mean) * scale()
+    def affine() -> tuple[np.ndarray, np.ndarray]:
+        mean, variance = (v.detach().cpu().double().numpy() for v in (module.running_mean, module.running_var))
+        return batch_affine(module, mean, variance)
 
     size = (module.num_features,)
-    weights = {"scale": Weight(size, scale), "offset": Weight(size, offset)}
-    return r.add("channel_affine", node, [input], {"axis": 1}, weights=weights)
+    weights = {"scale": Weight(size, lambda: affine()[0]), "offset": Weight(size, lambda: affine()[1])}
+    attrs = {"axis": 1, **({"batch_norm": module} if type(module) not in BATCH_NORMS else {})}
+    return r.add("channel_affine", node, [input], attrs, weights=weights)
 
 
 # -- markers of a wrapped model -------------------------------------------------------------------------------------

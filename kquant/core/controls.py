@@ -22,7 +22,7 @@ class Controlled:
         name: of the model.
         ranges: the activation ranges that move. Each has a `name`, `is_set()` and `set_frozen(value)`.
         batch_norms: in a fixed order. Each has `set_frozen(value)`, `set_statistics(mean, variance)` and
-            `affine(mean, variance) -> (scale, offset)`; the op that `read` makes of it holds one that is equal to it as
+            `affine_of(mean, variance) -> (scale, offset)`; the op that `read` makes of it holds one that is equal to it as
             `attrs["batch_norm"]`.
     """
 
@@ -67,7 +67,7 @@ class Statistics:
         self.samples += len(wide)
         self.mean += (mean - self.mean) * (len(wide) / self.samples)
         self.variance += (variance - self.variance) * (len(wide) / self.samples)
-        scale, offset = norm.affine(mean, variance)
+        scale, offset = norm.affine_of(mean, variance)
         return np.moveaxis((wide * scale + offset).astype(np.float32), -1, axis)
 
 

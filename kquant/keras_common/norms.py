@@ -30,7 +30,7 @@ class Freezable(Stateful):
         self.moving_mean.assign(mean)
         self.moving_variance.assign(variance)
 
-    def affine(self, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def affine_of(self, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The scale and the offset per channel that normalize by these statistics, float64."""
         return norm_affine(self, mean, variance)
 

@@ -46,7 +46,7 @@ class BatchNorm:
         self.values.set(self._shaped(mean, variance))
         self.values.commit()
 
-    def affine(self, mean: Any, variance: Any) -> tuple[Any, Any]:
+    def affine_of(self, mean: Any, variance: Any) -> tuple[Any, Any]:
         """Scale and offset that other statistics would give, float64."""
         with self.values.instead(self._shaped(mean, variance)):
             scale, offset = (read() for read in self.read)
