@@ -22,8 +22,8 @@ class Controlled:
         name: of the model.
         ranges: the activation ranges that move. Each has a `name`, `is_set()` and `set_frozen(value)`.
         batch_norms: in a fixed order. Each has `set_frozen(value)`, `set_statistics(mean, variance)` and
-            `affine_of(mean, variance) -> (scale, offset)`; the op that `read` makes of it holds one that is equal to it as
-            `attrs["batch_norm"]`.
+            `affine_of(mean, variance) -> (scale, offset)`; the op that `read` makes of it holds one that is equal to it
+            as `attrs["batch_norm"]`.
     """
 
     name: str
