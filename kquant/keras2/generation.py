@@ -38,7 +38,7 @@ class Keras2(Generation):
         for depth in sorted(model._nodes_by_depth, reverse=True):
             for node in model._nodes_by_depth[depth]:
                 if not node.is_input:
-                    yield _call(node)
+                    yield call_of(node)
 
     def functional(self, model: Any) -> Any:
         """A functional model itself, a Sequential's, or a subclassed model's."""
@@ -98,7 +98,8 @@ class Keras2(Generation):
         return symbols.known_function(function)
 
 
-def _call(node: Any) -> Call:
+def call_of(node: Any) -> Call:
+    """A node of a functional model as a call."""
     outputs = tuple(tf.nest.flatten(node.outputs))
     arguments = tf.nest.flatten((tuple(node.call_args), dict(node.call_kwargs)))
     return Call(

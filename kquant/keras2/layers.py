@@ -16,6 +16,7 @@ from kquant.keras2.norms import (
     ChannelAffine,
     ReciprocalRoot,
     ScaledSoftmax,
+    plain,
     register,
 )
 from kquant.keras2.quantize_config import CONFIGS
@@ -36,6 +37,7 @@ __all__ = [
 class FakeQuantize(FakeQuantizeBase, tf_keras.layers.Layer):
     __doc__ = FakeQuantizeBase.__doc__
     without_autocast: ClassVar = WITHOUT_AUTOCAST
+    call = plain(FakeQuantizeBase.call)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
@@ -56,6 +58,7 @@ class QuantizedLayer(QuantizedBase, QuantizeWrapperV2):
 
     without_autocast: ClassVar = WITHOUT_AUTOCAST
     rules: ClassVar = LINEAR
+    call = plain(QuantizedBase.call)
 
     # Plain Keras wrappers get these right; tfmot's ignores `trainable`.
     trainable = tf_keras.layers.Wrapper.trainable

@@ -11,6 +11,7 @@ from kquant.keras_common.norms import ChannelAffineBase, Freezable, ReciprocalRo
 
 register = tf_keras.saving.register_keras_serializable(package="kquant")
 WITHOUT_AUTOCAST = {"experimental_autocast": False}
+plain = tf.autograph.experimental.do_not_convert  # nothing here branches on a tensor in Python
 
 
 @register
@@ -27,6 +28,7 @@ class BatchNormalization(Freezable, tf_keras.layers.BatchNormalization):
         super().build(input_shape)
         self.frozen = self.add_state("frozen")
 
+    @plain
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         if not training or not self.trainable:
             return super().call(inputs, training=False, mask=mask)

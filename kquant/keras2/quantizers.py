@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from kquant.core.weights import weight_formula
 from kquant.keras2._tfmot import Quantizer
-from kquant.keras2.norms import WITHOUT_AUTOCAST, register
+from kquant.keras2.norms import WITHOUT_AUTOCAST, plain, register
 from kquant.keras_common.layers import Range
 from kquant.tf_numerics import EMA_DECAY, Observed, quantized_weight
 
@@ -49,6 +49,7 @@ class KernelQuantizer(Quantizer):
     def build(self, tensor_shape: Any, name: str, layer: Any) -> dict:
         return {"step": _variable(layer, f"{name}_step", dtype="int32")} if self.start_step else {}
 
+    @plain
     def __call__(self, inputs: Any, training: Any, weights: dict, **kwargs: Any) -> Any:
         kernel = tf.convert_to_tensor(inputs)
         started = _started(self.start_step, weights, training)
@@ -96,6 +97,7 @@ class RangeQuantizer(Quantizer):
             weights[field] = _variable(layer, f"{name}_{field}", shape, initial=initial)
         return weights
 
+    @plain
     def __call__(self, inputs: Any, training: Any, weights: dict, **kwargs: Any) -> Any:
         started = _started(self.start_step, weights, training)
         quantized = _Bound(self, weights).fake_quantized(tf.cast(inputs, tf.float32), 0, training, started)

@@ -10,7 +10,7 @@ import numpy as np
 from kquant.core.affine import Affine
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op
-from kquant.core.plan import Plan, Site
+from kquant.core.plan import Plan, Site, Spec
 from kquant.keras_common.generation import Generation
 from kquant.tf_numerics import EMA_DECAY
 
@@ -92,24 +92,25 @@ class Builder:
 
     def _quantizer(self, spec_id: str) -> Any:
         spec = self.plan.specs[spec_id]
-        fixed = [0.0, 1.0] if spec.unit else None
-        if spec.fixed is not None:
-            fixed = fixed_range(spec.fixed)
-        return self.generation.own.FakeQuantize(
-            spec.bits,
-            max(spec.sites, 1),
-            fixed,
-            spec.symmetric,
-            spec.nonneg,
-            spec.start_step,
-            1.0 if spec.naive else EMA_DECAY,
-            name=self._unique(f"{spec_id}_quantizer"),
-        )
+        name = self._unique(f"{spec_id}_quantizer")
+        return self.generation.own.FakeQuantize(sites=max(spec.sites, 1), name=name, **range_settings(spec))
 
     def _unique(self, name: str) -> str:
         name = name.replace("/", "_").replace(":", "_").replace("#", "_")
         self.names[name] += 1
         return name if self.names[name] == 1 else f"{name}_{self.names[name]}"
+
+
+def range_settings(spec: Spec) -> dict[str, Any]:
+    """The arguments of a fake quantization that a spec asks for, all but the number of its call sites."""
+    return {
+        "bits": spec.bits,
+        "fixed": [0.0, 1.0] if spec.unit else None if spec.fixed is None else fixed_range(spec.fixed),
+        "symmetric": spec.symmetric,
+        "nonneg": spec.nonneg,
+        "start_step": spec.start_step,
+        "decay": 1.0 if spec.naive else EMA_DECAY,
+    }
 
 
 def fixed_range(affine: Affine) -> list[float]:

@@ -1,14 +1,13 @@
-"""A description (`tests/descriptions.py`) as a Keras 3 model."""
+"""A description (`tests/descriptions.py`) as a Keras model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 from descriptions import Description, Node
-from keras import layers, ops
+from keras_generation import IS_KERAS3, activation, keras, layers, ops, path
 
 # The last words of Keras' variable paths, as the roles that a description has arrays for.
 ROLES = {
@@ -44,7 +43,7 @@ def build(description: Description) -> keras.Model:
     model = keras.Model(tensors[0], _one_or_all([tensors[i] for i in description.outputs]))
     for name, layer in made.items():
         for variable in layer.weights:
-            role = variable.path.removeprefix(layer.path).lstrip("/")
+            role = path(variable).removeprefix(layer.path if IS_KERAS3 else layer.name).lstrip("/")
             if role.split("/")[-1] in ROLES:
                 shape = tuple(variable.shape)
                 variable.assign(description.weight(name + role, ROLES[role.split("/")[-1]], shape))
@@ -79,7 +78,7 @@ PLAIN = {
     "rescaling": layers.Rescaling,
     "batch_norm": layers.BatchNormalization,
     "layer_norm": layers.LayerNormalization,
-    "rms_norm": layers.RMSNormalization,
+    "rms_norm": layers.RMSNormalization if IS_KERAS3 else layers.LayerNormalization,  # tf_keras has none
     "unit_norm": layers.UnitNormalization,
     "group_norm": layers.GroupNormalization,
 }
@@ -95,7 +94,7 @@ def layer(function: Callable) -> Callable:
     def make(node: Node, rank: int) -> layers.Layer:
         common = {"name": node.name}
         if "bias" in node.args:
-            common |= {"use_bias": node.args["bias"], "activation": node.args["activation"]}
+            common |= {"use_bias": node.args["bias"], "activation": activation(node.args["activation"])}
         if "strides" in node.args:
             common |= {"strides": node.args["strides"], "padding": node.args["padding"]}
         if "dilation" in node.args:
@@ -159,7 +158,7 @@ def _activation(common: dict, args: dict, rank: int) -> layers.Layer:
     }
     if args["form"] == "layer" and args["function"] in own:
         return own[args["function"]](**common)
-    return layers.Activation(args["function"], **common)
+    return layers.Activation(activation(args["function"]), **common)
 
 
 @layer
