@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kquant.core.controls import Controlled
-from kquant.core.errors import ModelError
 from kquant.keras_common.generation import Generation
+from kquant.keras_common.mixed import check_model
 
 
 def controlled(generation: Generation, model: Any) -> Controlled | None:
@@ -16,8 +16,7 @@ def controlled(generation: Generation, model: Any) -> Controlled | None:
         ModelError: not a model of this generation.
     """
     own = generation.own
-    if not isinstance(model, generation.keras.Model):
-        raise ModelError("model", f"a quantized {generation.package}.Model", type(model).__name__)
+    check_model(generation, model, f"a quantized {generation.package}.Model")
     layers = list(model._flatten_layers(include_self=False))
     if not any(isinstance(layer, (own.FakeQuantize, own.QuantizedLayer)) for layer in layers):
         return None

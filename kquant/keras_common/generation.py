@@ -11,6 +11,14 @@ from typing import Any
 
 import numpy as np
 
+TITLES = {"keras": "Keras 3", "tf_keras": "tf_keras (Keras 2)"}
+
+
+def generation_of(value: Any) -> str | None:
+    """The package of Keras that a model's or a layer's class comes from: `keras`, `tf_keras` or None."""
+    roots = {c.__module__.partition(".")[0] for c in type(value).__mro__}
+    return next((package for package in TITLES if package in roots), None)
+
 
 @dataclass(frozen=True)
 class Call:

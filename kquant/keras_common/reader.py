@@ -17,6 +17,7 @@ import numpy as np
 from kquant.core.errors import ModelError
 from kquant.core.graph import Graph, Op, Tensor, Weight
 from kquant.keras_common.generation import Call, Generation, Source
+from kquant.keras_common.mixed import check_layer, check_model
 
 
 @dataclass
@@ -146,6 +147,7 @@ class Reader:
         from kquant.keras_common.read_ops import read_operation
 
         layer = call.layer
+        check_layer(self.generation, layer)
         if isinstance(layer, self.generation.keras.Model):
             return self._nested(layer, inputs)
         named = self.generation.operation(call)
@@ -203,8 +205,7 @@ def read(generation: Generation, model: Any) -> Graph:
     Raises:
         ModelError: not a model of this generation, not built, empty, or not readable.
     """
-    if not isinstance(model, generation.keras.Model):
-        raise ModelError("model", f"a built {generation.package}.Model ({generation.title})", type(model).__name__)
+    check_model(generation, model, f"a built {generation.package}.Model ({generation.title})")
     reader = Reader(generation)
     form = generation.functional(model)
     inputs = []
