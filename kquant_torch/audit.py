@@ -195,7 +195,8 @@ class _View:
     def _macs(self, statement: Statement, main: Any, codes: np.ndarray | None) -> int:
         shape = self.described.get(statement.name, {}).get("shape", [])
         outputs = math.prod(n for n in shape[1:] if n is not None)
-        if codes is not None:
+        adds = isinstance(main, ast.Call) and "accum" in self.program.arguments(main)
+        if codes is not None and not (adds and codes.size == codes.shape[0]):  # an identity kernel that adds
             return outputs * (codes.size // max(codes.shape[0], 1))
         if isinstance(main, ast.Call) and dotted(main.func) == f"{RUNTIME}matmul":
             inner = self.described.get(variable(main.args[0]), {}).get("shape", [0])[-1]

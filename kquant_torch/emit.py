@@ -10,6 +10,7 @@ import json
 import keyword
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -66,6 +67,9 @@ class Emitter:
         self.lines: list[str] = []
         self.arrays: dict[str, np.ndarray] = {}
         self.packed: dict[str, str] = {}
+        self.identities: dict[tuple[int, int], tuple[str, ...]] = {}
+        self.readers = Counter(t for op in model.ops for t in op.inputs) + Counter(model.outputs)
+        self.producers = {t: op for op in model.ops for t in op.outputs}
         self.functions: set[str] = set()
 
     # -- names and arrays -----------------------------------------------------------------------------------------
@@ -97,6 +101,17 @@ class Emitter:
         """An array of the file; returns how a statement reads it."""
         name = self.fresh(wanted)
         self.arrays[name] = np.ascontiguousarray(values)
+        return f"self.{name}"
+
+    def zero(self) -> str:
+        """The zero point of every kernel."""
+        self.arrays.setdefault("zero", np.zeros(1, np.int64))
+        return "self.zero"
+
+    def pack(self, wanted: str, expression: str) -> str:
+        """A prepacked kernel, made when the file is loaded."""
+        name = self.fresh(wanted)
+        self.packed[name] = expression
         return f"self.{name}"
 
     @staticmethod
@@ -253,16 +268,6 @@ def _table(e: Emitter, op: IntOp) -> str:
         return e.call("lookup", e.name(op.inputs[0]), table)
     start = 256 * np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
     return e.call("lookup_by_slope", e.name(op.inputs[0]), table, e.array(f"{op.id}/start", start))
-
-
-@writes("add", "sub")
-def _add(e: Emitter, op: IntOp) -> str:
-    a, b = op.inputs
-    target = e.grid(op.outputs[0])
-    # Both products and the zero point stay below 2^28 each, so their sum is an int32.
-    shift = shift_for(max(e.grid(a)[0], e.grid(b)[0]) / target[0], 20, 19, op.outputs[0])
-    sign = -1 if op.kind == "sub" else 1
-    return e.call("add", *e.read(a), *e.read(b), *target, *e.bounds(op), sign, shift)
 
 
 @writes("mul")

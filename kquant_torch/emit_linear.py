@@ -28,16 +28,7 @@ def arrays(e: Emitter, op: IntOp, codes: np.ndarray) -> tuple[str, list[str]]:
     assert weight is not None
     kernel = e.array(f"{op.id}/kernel", codes)
     scale = e.array(f"{op.id}/scale", weight.scale)
-    if "zero" not in e.arrays:
-        e.arrays["zero"] = np.zeros(1, np.int64)
-    return kernel, [scale, "self.zero", e.array(f"{op.id}/bias", weight.bias.astype(np.float32))]
-
-
-def packed(e: Emitter, op: IntOp, expression: str) -> str:
-    """A prepacked kernel, made when the file is loaded."""
-    name = e.fresh(f"{op.id}/packed")
-    e.packed[name] = expression
-    return f"self.{name}"
+    return kernel, [scale, e.zero(), e.array(f"{op.id}/bias", weight.bias.astype(np.float32))]
 
 
 def convolution(
@@ -47,7 +38,7 @@ def convolution(
     kernel, rest = arrays(e, op, codes)
     window = [literal(list(v)) for v in (stride, padding, dilation)] + [literal(groups)]
     prepack = ", ".join([kernel, rest[0], *source[1:], *window])
-    made = packed(e, op, f"ops.onednn.qconv_prepack({prepack})")
+    made = e.pack(f"{op.id}/packed", f"ops.onednn.qconv_prepack({prepack})")
     target = list(map(literal, e.grid(op.outputs[0])))
     arguments = [*source, made, *rest, *window, *target, "0", *post_op(e, op), '""']
     return f"ops.onednn.qconv_pointwise({', '.join(arguments)})"
@@ -89,7 +80,7 @@ def _transposed(e: Emitter, op: IntOp) -> str:
 def _dense(e: Emitter, op: IntOp) -> str:
     assert op.weight is not None
     kernel, rest = arrays(e, op, op.weight.codes)
-    made = packed(e, op, f"ops.onednn.qlinear_prepack({kernel}, None)")
+    made = e.pack(f"{op.id}/packed", f"ops.onednn.qlinear_prepack({kernel}, None)")
     target = list(map(literal, e.grid(op.outputs[0])))
     arguments = [*e.read(op.inputs[0]), made, *rest, *target, "0", *post_op(e, op), '""']
     return f"ops.onednn.qlinear_pointwise({', '.join(arguments)})"
@@ -104,9 +95,8 @@ def _channel_affine(e: Emitter, op: IntOp) -> str:
     if e.rank(op.inputs[0]) == 4 and axis == 1:
         return convolution(e, op, source, codes, (1, 1), (0, 0), (1, 1), channels)
     kernel, rest = arrays(e, op, codes)
-    made = packed(
-        e,
-        op,
+    made = e.pack(
+        f"{op.id}/packed",
         f"ops.onednn.qconv_prepack({kernel}, {rest[0]}, {', '.join(source[1:])}, [1, 1], [0, 0], [1, 1], {channels})",
     )
     return e.call("channel_affine", *source, made, *rest, *e.grid(op.outputs[0]), *post_op(e, op), axis)
