@@ -95,10 +95,8 @@ def _channel_affine(e: Emitter, op: IntOp) -> str:
     if e.rank(op.inputs[0]) == 4 and axis == 1:
         return convolution(e, op, source, codes, (1, 1), (0, 0), (1, 1), channels)
     kernel, rest = arrays(e, op, codes)
-    made = e.pack(
-        f"{op.id}/packed",
-        f"ops.onednn.qconv_prepack({kernel}, {rest[0]}, {', '.join(source[1:])}, [1, 1], [0, 0], [1, 1], {channels})",
-    )
+    prepack = ", ".join([kernel, rest[0], *source[1:], "[1, 1], [0, 0], [1, 1]", literal(channels)])
+    made = e.pack(f"{op.id}/packed", f"ops.onednn.qconv_prepack({prepack})")
     return e.call("channel_affine", *source, made, *rest, *e.grid(op.outputs[0]), *post_op(e, op), axis)
 
 

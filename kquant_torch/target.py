@@ -27,8 +27,8 @@ KERNELS: dict[str, str] = {
     "channel_affine": "onednn::qconv_pointwise",
     "avg_pool2d": "onednn::qconv_pointwise",  # a kernel of ones
     "dense": "onednn::qlinear_pointwise",
-    # An identity kernel with the `sum` post-op; kquant::add where shapes differ. At 16 x 32 x 32 the arithmetic is faster,
-    # 25 us against 34, at 256 x 56 x 56 the kernel, 202 us against 407, and at a batch of 32 of the former 9 times.
+    # An identity kernel with the `sum` post-op; kquant::add where shapes differ. At 16 x 32 x 32 the arithmetic is
+    # faster, 25 us against 34; at 256 x 56 x 56 the kernel, 202 us against 407, and at a batch of 32 nine times.
     "add": "onednn::qconv2d_pointwise",
     "sub": "onednn::qconv2d_pointwise",
     "mul": "kquant::mul",
