@@ -29,9 +29,9 @@ FLOATS = {"float16", "bfloat16", "float32", "float64"}
 BOUNDARY = {"quantize": "uint8", "dequantize": "float32"}  # functions of the runtime, and what they give
 # Functions of torch that move, compare or select codes and give what they are given.
 MOVED = (
-    "amax amin cat clamp constant_pad_nd contiguous index_select max_pool3d maximum minimum permute repeat reshape"
-    " slice squeeze unsqueeze reflection_pad1d reflection_pad2d reflection_pad3d upsample_nearest1d upsample_nearest2d"
-    " upsample_nearest3d"
+    "amax amin cat clamp clone constant_pad_nd contiguous index_select max_pool3d maximum minimum permute repeat"
+    " reshape slice squeeze unsqueeze reflection_pad1d reflection_pad2d reflection_pad3d upsample_nearest1d"
+    " upsample_nearest2d upsample_nearest3d"
 )
 MOVERS = {f"torch.{name}" for name in MOVED.split()} | {"ops.quantized.max_pool2d"}
 PLAIN = {"annotate", "torch.size", "torch.add"}  # of settings and sizes
@@ -148,7 +148,7 @@ class _View:
     def _tensor_arguments(self, call: ast.Call) -> list[ast.expr]:
         """What a call reads from variables and arrays; the scales and biases of a kernel are its parameters."""
         arguments = self.program.arguments(call)
-        parameters = {"kernel_scale", "kernel_zero", "bias", "scalars", "table", "start"}
+        parameters = {"kernel_scale", "kernel_zero", "bias", "scalars", "table", "start", "constant", "factor"}
         given = [a for n, a in arguments.items() if n not in parameters] if arguments else list(call.args)
         return [a for a in given if _reads(a)]
 

@@ -270,14 +270,6 @@ def _table(e: Emitter, op: IntOp) -> str:
     return e.call("lookup_by_slope", e.name(op.inputs[0]), table, e.array(f"{op.id}/start", start))
 
 
-@writes("mul")
-def _mul(e: Emitter, op: IntOp) -> str:
-    a, b = op.inputs
-    target = e.grid(op.outputs[0])
-    shift = shift_for(e.grid(a)[0] * e.grid(b)[0] / target[0], 14, 21, op.outputs[0])
-    return e.call("mul", *e.read(a), *e.read(b), *target, *e.bounds(op), shift)
-
-
 @writes("batch_matmul")
 def _batch_matmul(e: Emitter, op: IntOp) -> str:
     a, b = op.inputs

@@ -1,4 +1,4 @@
-"""TorchScript for sums and differences of two tensors.
+"""TorchScript for sums, differences and products of two tensors, or of a tensor and a constant.
 
 On images of one shape, an identity depthwise kernel takes one operand and adds the other, its accumulator, before it
 rounds: no temporary is larger than the codes. Anything else, and a clamp that this kernel lacks, is integer arithmetic.
@@ -17,6 +17,8 @@ FRESH = frozenset({"conv2d", "conv2d_transpose", "avg_pool2d", "add", "sub"})
 
 @writes("add", "sub")
 def _add(e: Emitter, op: IntOp) -> str:
+    if any(e.model.tensors[t].constant is not None for t in op.inputs):
+        return _with_constant(e, op)
     return _by_kernel(e, op) if _has_kernel(e, op) else _by_arithmetic(e, op)
 
 
@@ -25,7 +27,7 @@ def _has_kernel(e: Emitter, op: IntOp) -> bool:
     a, b = (e.model.tensors[t] for t in op.inputs)
     low, high = e.bounds(op)
     plain = high == 255 and low in (0, e.grid(op.outputs[0])[1])
-    return plain and a.id != b.id and a.shape == b.shape and len(a.shape) == 4 and a.constant is b.constant is None
+    return plain and a.id != b.id and a.shape == b.shape and len(a.shape) == 4
 
 
 def _may_overwrite(e: Emitter, tensor: str) -> bool:
@@ -73,3 +75,40 @@ def _by_arithmetic(e: Emitter, op: IntOp) -> str:
     shift = shift_for(max(e.grid(a)[0], e.grid(b)[0]) / target[0], 20, 19, op.outputs[0])
     sign = -1 if op.kind == "sub" else 1
     return e.call("add", *e.read(a), *e.read(b), *target, *e.bounds(op), sign, shift)
+
+
+def constant_of(e: Emitter, op: IntOp) -> tuple[str, np.ndarray, int]:
+    """The tensor among two operands, the real values of the other, and the constant's place."""
+    at = next(i for i, t in enumerate(op.inputs) if e.model.tensors[t].constant is not None)
+    value = e.model.tensors[op.inputs[at]].constant
+    assert value is not None
+    return op.inputs[1 - at], np.asarray(value, np.float64), at
+
+
+def _with_constant(e: Emitter, op: IntOp) -> str:
+    """The constant is held in fractions of an output code, so it is as exact as the factors are."""
+    source, value, at = constant_of(e, op)
+    target = e.grid(op.outputs[0])
+    steps = value / target[0]
+    largest = max(e.grid(source)[0] / target[0], float(np.abs(steps).max(initial=0.0)) / 255)
+    shift = shift_for(largest, 20, 19, op.outputs[0])
+    signs = {"add": (1, 1), "sub": ((-1, 1) if at == 0 else (1, -1))}[op.kind]
+    units = np.round(signs[1] * steps * 2.0**shift).astype(np.int32)
+    return e.call(
+        "add_constant", *e.read(source), e.array(f"{op.id}/constant", units), *target, *e.bounds(op), signs[0], shift
+    )
+
+
+@writes("mul")
+def _mul(e: Emitter, op: IntOp) -> str:
+    target = e.grid(op.outputs[0])
+    if any(e.model.tensors[t].constant is not None for t in op.inputs):
+        source, value, _ = constant_of(e, op)
+        ratios = value * e.grid(source)[0] / target[0]
+        shift = shift_for(max(float(np.abs(ratios).max(initial=0.0)), 2.0**-30), 21, 21, op.outputs[0])
+        units = np.round(ratios * 2.0**shift).astype(np.int32)
+        factor = e.array(f"{op.id}/factor", units)
+        return e.call("mul_constant", *e.read(source), factor, *target, *e.bounds(op), shift)
+    a, b = op.inputs
+    shift = shift_for(e.grid(a)[0] * e.grid(b)[0] / target[0], 14, 21, op.outputs[0])
+    return e.call("mul", *e.read(a), *e.read(b), *target, *e.bounds(op), shift)

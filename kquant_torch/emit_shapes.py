@@ -127,3 +127,11 @@ def _nearest(e: Emitter, op: IntOp) -> str:
     if factors is None:
         return f"torch.upsample_nearest{rank}d({x}, {literal(list(op.attrs['size']))}, None)"
     return f"torch.upsample_nearest{rank}d({x}, None, {literal([float(f) for f in factors])})"
+
+
+@writes("resize_bilinear")
+def _linear(e: Emitter, op: IntOp) -> str:
+    factors = [float(f) for f in op.attrs.get("scale_factor") or ()]
+    size = [] if factors else [int(n) for n in op.attrs["size"]]
+    lists = f"annotate(List[int], {literal(size)})", f"annotate(List[float], {literal(factors)})"
+    return e.call("resize_linear", e.name(op.inputs[0]), *lists, bool(op.attrs.get("align_corners", False)))

@@ -49,6 +49,25 @@ def mul(
   y = torch.add_(torch.mul_(y, factor), (zero_point << shift) + (1 << (shift - 1)))
   return torch.to(torch.clamp_(torch.bitwise_right_shift_(y, shift), low, high), 0)
 """)
+# `constant` is in units of 2^-shift output codes, with its sign; `sign` is that of x.
+_enter("""
+def add_constant(
+    x: Tensor, x_scale: float, x_zero_point: int, constant: Tensor, scale: float, zero_point: int, low: int,
+    high: int, sign: int, shift: int) -> Tensor:
+  factor = int(round(x_scale / scale * float(1 << shift))) * sign
+  offset = (zero_point << shift) + (1 << (shift - 1)) - x_zero_point * factor
+  y = torch.add_(torch.add(torch.mul_(torch.to(x, 3), factor), constant), offset)
+  return torch.to(torch.clamp_(torch.bitwise_right_shift_(y, shift), low, high), 0)
+""")
+# `factor` is what one code of x adds, in units of 2^-shift output codes.
+_enter("""
+def mul_constant(
+    x: Tensor, x_scale: float, x_zero_point: int, factor: Tensor, scale: float, zero_point: int, low: int,
+    high: int, shift: int) -> Tensor:
+  y = torch.mul(torch.sub(torch.to(x, 3), x_zero_point), factor)
+  y = torch.add_(y, (zero_point << shift) + (1 << (shift - 1)))
+  return torch.to(torch.clamp_(torch.bitwise_right_shift_(y, shift), low, high), 0)
+""")
 # The sum is exact in int32 up to 2^23 values; the factor of 2^-32 is exact to 2^-17 of the mean's own code.
 _enter("""
 def mean(
@@ -95,7 +114,8 @@ def lookup_by_slope(x: Tensor, table: Tensor, start: Tensor) -> Tensor:
 _enter("""
 def softmax(x: Tensor, table: Tensor, dim: int) -> Tensor:
   distance = torch.to(torch.sub(torch.amax(x, [dim], True), x), 3)
-  e = torch.reshape(torch.index_select(table, 0, torch.reshape(distance, [-1])), torch.size(x))
+  found = torch.to(torch.index_select(table, 0, torch.reshape(distance, [-1])), 4)
+  e = torch.reshape(found, torch.size(x))
   total = torch.sum(e, [dim], True)
   code = torch.floor_divide(torch.add(torch.mul(e, 512), total), torch.mul(total, 2))
   return torch.to(torch.clamp_(code, 0, 255), 0)
@@ -137,4 +157,34 @@ def matmul(
   product = torch.matmul(torch.sub(torch.to(a, 3), a_zero_point), torch.sub(torch.to(b, 3), b_zero_point))
   y = torch.add_(torch.mul_(torch.to(product, 4), factor), 1 << (shift - 1))
   return torch.to(torch.clamp_(torch.add_(torch.bitwise_right_shift_(y, shift), zero_point), low, high), 0)
+""")
+# Weights of 2^-14 along one axis after the other; the coordinates are those of torch's own interpolation.
+_enter("""
+def resize_linear(x: Tensor, size: List[int], factor: List[float], align_corners: bool) -> Tensor:
+  y = torch.to(x, 4)
+  rank = torch.dim(x) - 2
+  for i in range(rank):
+    given = torch.size(x, i + 2)
+    if torch.gt(torch.len(factor), 0):
+      wanted = int(torch.floor(float(given) * factor[i]))
+      step = 1.0 / factor[i]
+    else:
+      wanted = size[i]
+      step = float(given) / float(wanted)
+    place = torch.arange(wanted, dtype=7)
+    if align_corners:
+      at = torch.mul(place, float(given - 1) / float(max(wanted - 1, 1)))
+    else:
+      at = torch.clamp(torch.sub(torch.mul(torch.add(place, 0.5), step), 0.5), 0.0)
+    first = torch.clamp(torch.to(torch.floor(at), 4), 0, given - 1)
+    second = torch.clamp(torch.add(first, 1), 0, given - 1)
+    weight = torch.to(torch.round(torch.mul(torch.sub(at, first), 16384.0)), 4)
+    form = [wanted]
+    for j in range(rank - 1 - i):
+      _0 = torch.append(form, 1)
+    w = torch.reshape(weight, form)
+    a = torch.mul(torch.index_select(y, i + 2, first), torch.rsub(w, 16384))
+    y = torch.add_(a, torch.mul(torch.index_select(y, i + 2, second), w))
+  bits = 14 * rank
+  return torch.to(torch.bitwise_right_shift_(torch.add_(y, 1 << (bits - 1)), bits), 0)
 """)

@@ -57,6 +57,7 @@ KERNELS: dict[str, str] = {
     "gather": "aten::index_select",
     "tile": "aten::repeat",
     "resize_nearest": "aten::upsample_nearest2d",
+    "resize_bilinear": "kquant::resize_linear",
 }
 
 
@@ -72,6 +73,7 @@ ONEDNN = Target(
     functions=frozenset(),
     fixed_kernels=False,
     requantize_by_kernel=False,
+    exact_constants=True,
     clamps=True,
     accumulator=Accumulator(),
 )

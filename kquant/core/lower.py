@@ -98,6 +98,14 @@ class Lowering:
             self.tensors[tensor] = IntTensor(tensor, value.shape, affine.dtype, affine, codes)
         return tensor
 
+    def _exact(self, tensor: str) -> str:
+        """The id of an operand; a constant keeps its real values."""
+        value = self.graph.tensors[tensor].constant
+        if value is None:
+            return self.states[tensor].tensor
+        self.tensors[tensor] = IntTensor(tensor, value.shape, str(value.dtype), None, value)
+        return tensor
+
     def _result(self, tensor: str) -> str:
         return self.states[tensor].tensor
 
@@ -237,7 +245,8 @@ class Lowering:
             self._function(stage, affine)
             return
         weight, attrs = None, op.attrs
-        inputs = tuple(self._operand(t, 16 if affine.bits == 16 else 8) for t in op.inputs)
+        exact = self.target.exact_constants and op.kind in ("add", "sub", "mul")
+        inputs = tuple(self._exact(t) if exact else self._operand(t, 16 if affine.bits == 16 else 8) for t in op.inputs)
         if op.kind == "embedding":
             codes, scale = op.attrs["codes"]()
             attrs = {**attrs, "constant": affine.quantize(np.asarray(codes) * scale)}
