@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -39,14 +40,13 @@ STATISTICS = 2000  # training images for batch norm statistics
 RECIPES = {"W8A8": Recipe(1e-4), "W4A8": Recipe(3e-4), "W4A4": Recipe(6e-4, shift=2)}
 
 
-class Augmented(keras.utils.PyDataset):
+class Batches:
     """Shuffled batches of images, each flipped with probability 1/2 and shifted; the same for the same seed.
 
     The targets are the probabilities that `teacher` gives them.
     """
 
-    def __init__(self, x: np.ndarray, teacher: keras.Model, shift: int, seed: int):
-        super().__init__()
+    def __init__(self, x: np.ndarray, teacher: Any, shift: int, seed: int):
         self.x, self.teacher, self.shift = x, teacher, shift
         self.random = np.random.default_rng(seed)
         self.order = self.random.permutation(len(x))
@@ -71,6 +71,14 @@ class Augmented(keras.utils.PyDataset):
         padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
         top, left = self.random.integers(0, 2 * reach + 1, 2)
         return padded[top : top + image.shape[0], left : left + image.shape[1]]
+
+
+class Augmented(Batches, keras.utils.PyDataset):
+    """The batches as Keras 3 takes them."""
+
+    def __init__(self, *args: Any):
+        keras.utils.PyDataset.__init__(self)
+        Batches.__init__(self, *args)
 
 
 def finetune(qmodel: keras.Model, teacher: keras.Model, x: np.ndarray, recipe: Recipe, seed: int) -> None:
