@@ -13,7 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-NAMES = ("speed", "artifact", "accuracy", "fashion", "keras2")
+NAMES = ("speed", "artifact", "accuracy", "fashion", "keras2", "tf1")
 
 
 def arguments() -> argparse.Namespace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,29 +114,37 @@ def make_freezable(m: Matcher, found: Found, state: State) -> Any | None:
     averages = [_value(m, m.evaluator.statistics[t.name]) for t in statistics]
     with tf.name_scope(f"{scope_of(found.anchor.name)}/"):
         is_frozen = frozen.read_value() > 0
-        result = None
         if found.anchor.type in BATCH_NORMS:
-            result = _switched(found.anchor, averages, is_frozen)
-        for statistic, average in zip(statistics, averages, strict=True):
-            where = readers(statistic)
-            chosen = tf.identity(tf.where(is_frozen, tf.reshape(average, tf.shape(statistic)), statistic), "statistic")
-            marks.put(chosen.op, marks.STATISTIC, input=statistic.name)
-            redirect(where, chosen)
+            result, *chosen = _switched(found.anchor, averages, is_frozen)
+        else:
+            pairs = zip(statistics, averages, strict=True)
+            result, chosen = None, [tf.where(is_frozen, tf.reshape(a, tf.shape(s)), s) for s, a in pairs]
+        for statistic, value in zip(statistics, chosen, strict=True):
+            _replace(statistic, value, marks.STATISTIC, [o.op for o in chosen])
     return result
 
 
-def _switched(op: Any, averages: list[Any], is_frozen: Any) -> Any:
-    """The fused kernel in its inference form where it is frozen."""
+def _switched(op: Any, averages: list[Any], is_frozen: Any) -> list[Any]:
+    """The fused kernel in one of its two forms: what it makes, and the mean and variance that it made it with.
+
+    Both forms lie in branches, so that only one of them runs, forwards and backwards.
+    """
     x, gamma, beta = op.inputs[:3]
+    kernel = partial(tf.compat.v1.nn.fused_batch_norm, x, gamma, beta, epsilon=op.get_attr("epsilon"))
     trained = op.outputs[0]
-    where = readers(trained)
-    epsilon = op.get_attr("epsilon")
 
-    def moving() -> Any:
-        return tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, *averages, epsilon=epsilon, is_training=False)[0]
+    def moving() -> tuple[Any, ...]:
+        return (kernel(*averages, is_training=False)[0], *averages)
 
-    result = tf.identity(tf.cond(is_frozen, moving, lambda: tf.identity(trained)), "normalized")
-    marks.put(result.op, marks.BATCH_NORM, input=trained.name)
+    y, mean, variance = tf.cond(is_frozen, moving, lambda: kernel(is_training=True))
+    return [_replace(trained, y, marks.BATCH_NORM, []), mean, variance]
+
+
+def _replace(tensor: Any, value: Any, kind: str, but: list[Any]) -> Any:
+    """Let all readers of a tensor read another value, but for the ops that make it."""
+    where = [place for place in readers(tensor) if place[0] not in but]
+    result = tf.identity(value, kind)
+    marks.put(result.op, kind, input=tensor.name)
     redirect(where, result)
     return result
 

@@ -61,7 +61,8 @@ class Range:
         wide = tf.cast(x, tf.float32)
         before: list[Any] = []
         if self.training and site.index is not None and not self.fixed:
-            before = self._observe(wide, site.index)
+            # The range is a constant to the gradient, as one that was read from a variable is.
+            before = self._observe(tf.stop_gradient(wide), site.index)
         low, high, seen = self._in_force()
         value = fake_quantize_range(wide, low, high, self.spec.bits)
         ready = self._ready(seen)
