@@ -44,6 +44,7 @@ def front_end(model: Any) -> Any:
     and where a model is part of something larger that is changed in place, as in a graph,
 
     - `select(model, **which)`: the part that is meant (see `selected`);
+    - `check(model)`: refuse one that cannot be changed;
     - `deliver(model)`: what the caller gets of the quantized model.
 
     Raises:
@@ -169,6 +170,8 @@ def _quantize(
     _check_choice("observer", observer, OBSERVERS)
     _check_choice("target", target, TARGETS)
     front = front_end(model)
+    if hasattr(front, "check"):
+        front.check(model)
     graph = front.read(model)
     if any("quantizer" in op.attrs for op in graph.ops):
         raise ModelError(f"model {graph.name!r}", "a float model", "a model that kquant already quantized")

@@ -3,7 +3,7 @@
 from kquant.tf1.attach import attach
 from kquant.tf1.calibrated import as_float32, deliver, take_state
 from kquant.tf1.controlled import controlled
-from kquant.tf1.graphs import select
+from kquant.tf1.graphs import check, select
 from kquant.tf1.read import read
 
-__all__ = ["as_float32", "attach", "controlled", "deliver", "read", "select", "take_state"]
+__all__ = ["as_float32", "attach", "check", "controlled", "deliver", "read", "select", "take_state"]

@@ -13,7 +13,7 @@ from kquant.core.plan import Plan, Site, Spec, WeightSpec
 from kquant.core.reports import Report
 from kquant.core.weights import weight_formula
 from kquant.tf1 import marks
-from kquant.tf1.graphs import GraphModel, as_model, check_can_rewrite, remember, tensor_id
+from kquant.tf1.graphs import GraphModel, as_model, remember, tensor_id
 from kquant.tf1.match import Found
 from kquant.tf1.norms import make_freezable
 from kquant.tf1.ranges import Range
@@ -70,6 +70,18 @@ class Rewriter:
         self.current: dict[str, Any] = {}  # what the integer readers of a tensor see
         self.activations = self.kernels = 0
 
+    def check_trains(self) -> None:
+        """Refuse to make a training graph of one in which no kernel is trained.
+
+        Raises:
+            ModelError: no quantized kernel depends on a trainable variable.
+        """
+        trained = {v.op.name for v in self.graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES)}
+        kernels = [op.source.kernel.tensor for op in self.read.ops if op.id in self.plan.weights]
+        if not any(trained & self.matcher.variables(k) for k in kernels):
+            fix = "Pass training=False: then it can be calibrated and exported"
+            raise ModelError("graph", "a graph with at least one trainable weight that is quantized", "none", fix)
+
     def run(self) -> None:
         """Insert everything."""
         found = {op.id: op.source for op in self.read.ops}
@@ -121,7 +133,7 @@ class Rewriter:
             self.ranges[spec.id] = self._range(spec)
         with tf.name_scope(f"{scope_of(name)}/"):
             result = self.ranges[spec.id].apply(source, site, replaces)
-        redirect([p for p in where if not p[0].name.startswith(f"{scope_of(name)}/")], result)
+        redirect(where, result)
         self.activations += 1
         return result
 
@@ -148,10 +160,22 @@ class Rewriter:
             quantizer=spec.quantizer, bits=spec.bits, start_step=spec.start_step,
             step=self.state.step_name(spec.start_step),
         )  # fmt: skip
-        redirect([(kernel.op, kernel.slot)], result)
+        if kernel.op.type == "ResourceGather":
+            self._look_up(op.id, kernel.op, result)
+        else:
+            redirect([(kernel.op, kernel.slot)], result)
         self.kernels += 1
         if spec.gradient_bits and self.model.training:
             self._gradient(kernel.op, spec, started)
+
+    def _look_up(self, name: str, op: Any, table: Any) -> None:
+        """A look-up in a variable reads past whatever is in the graph, so one in the quantized table replaces it."""
+        where = readers(op.outputs[0])
+        with tf.name_scope(f"{scope_of(op.name)}/kernel/"):
+            result = tf.identity(tf.gather(table, op.inputs[1]), "looked_up")
+        marks.put(result.op, marks.LOOK_UP, input=op.outputs[0].name)
+        redirect(where, result)
+        self.current[name] = result
 
     def _gradient(self, op: Any, spec: WeightSpec, started: Any) -> None:
         """Quantize the gradient with respect to what a kernel's op makes, before its bias."""
@@ -179,14 +203,15 @@ def attach(plan: Plan, value: Any) -> GraphModel:
         The rewritten graph with its inputs and outputs.
 
     Raises:
-        ModelError: a graph that is finalized, quantized already, or holds training ops.
+        ModelError: a graph to be trained in which no quantized kernel is.
     """
     model = complete(as_model(value))
     graph = model.graph
-    check_can_rewrite(graph)
     before = len(graph.get_operations())
     with graph.as_default(), tf.control_dependencies(None):
         rewriter = Rewriter(plan, model)
+        if model.training:
+            rewriter.check_trains()
         rewriter.run()
         remember(model)
     model.values.set(rewriter.state.first, changed=False)

@@ -51,7 +51,7 @@ class Evaluator:
     def __init__(self, graph: Any, values: Values, statistics: Mapping[str, str]):
         self.graph, self.values, self.statistics = graph, values, statistics
         self._islands: dict[Any, _Island] = {}
-        self._behind = marks.transparent(graph)
+        self._behind = marks.standing_for(graph, marks.TRANSPARENT)
         self._known: dict[Any, list[np.ndarray]] = {}
         self._functions: dict[Any, tuple[list[Any], list[Any]]] = {}
         self._own = tf.Graph()
@@ -95,6 +95,16 @@ class Evaluator:
         table.update({tensor: values[name] for name, tensor in island.variables.items()})
         return list(self._run(island.fetches, table))
 
+    def inline(self, feeds: Mapping[str, Any], fetches: Sequence[str]) -> list[Any]:
+        """Tensors in the graph that is being built, from tensors in the place of others; variables are constants."""
+        dtypes = {name: np.zeros((), t.dtype.as_numpy_dtype) for name, t in feeds.items()}
+        definition, names, part = self._definition(dtypes, fetches, {})
+        values = self.values.get(part.variables.values())
+        table = {f"{_placeholder(name)}:0": t for name, t in feeds.items() if _placeholder(name) in part.nodes}
+        table |= {f"{p}:0": tf.constant(values[v]) for p, v in part.variables.items()}
+        found: list[Any] = tf.import_graph_def(definition, input_map=table, return_elements=names, name="")
+        return found
+
     def apply(self, key: Any, function: Callable[..., Sequence[Any]], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run a function of tensors on arrays; it is traced once for each `key`."""
         if key not in self._functions:
@@ -121,7 +131,10 @@ class Evaluator:
 
     # -- building -------------------------------------------------------------------------------------------------
 
-    def _build(self, arrays: Mapping[str, np.ndarray], fetches: Sequence[str], replaced: Mapping[str, str]) -> _Island:
+    def _definition(
+        self, arrays: Mapping[str, np.ndarray], fetches: Sequence[str], replaced: Mapping[str, str]
+    ) -> tuple[Any, list[str], _Nodes]:
+        """The nodes between what is given and what is fetched, and the names of the latter in them."""
         part = _Nodes()
         names = [self._resolve(self.graph.get_tensor_by_name(n), arrays, replaced, part) for n in fetches]
         seen: set[str] = set()
@@ -134,6 +147,10 @@ class Evaluator:
         definition.node.extend(part.nodes.values())
         if any(self._calls_functions(node) for node in part.nodes.values()):
             definition.library.CopyFrom(self.graph.as_graph_def().library)
+        return definition, names, part
+
+    def _build(self, arrays: Mapping[str, np.ndarray], fetches: Sequence[str], replaced: Mapping[str, str]) -> _Island:
+        definition, names, part = self._definition(arrays, fetches, replaced)
         prefix = f"part{len(self._islands)}"
         with self._own.as_default():
             tf.import_graph_def(definition, name=prefix)

@@ -160,12 +160,13 @@ _UPDATES = ("Apply", "ResourceApply", "SparseApply", "ResourceSparseApply")
 _GRADIENTS = ("Grad", "GradV2", "GradV3", "GradGrad", "BackpropFilter", "BackpropFilterV2", "BackpropInputV2")
 
 
-def check_can_rewrite(graph: Any) -> None:
+def check(value: Any) -> None:
     """Refuse a graph that cannot be rewritten any more.
 
     Raises:
         ModelError: a finalized graph, one that was quantized before, or one that holds training ops.
     """
+    graph = as_model(value).graph
     if graph.finalized:
         fix = "Call the quantizer before the session that finalizes the graph (MonitoredTrainingSession) is made"
         raise ModelError("graph", "a graph that can still be changed", "a finalized graph", fix)

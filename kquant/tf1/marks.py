@@ -19,6 +19,7 @@ WEIGHT = "weight"  # a fake-quantized kernel
 GRADIENT = "gradient"  # an identity whose gradient is quantized
 BATCH_NORM = "batch_norm"  # a batch norm whose statistics can be frozen
 STATISTIC = "statistic"  # a batch statistic that can be frozen
+LOOK_UP = "look_up"  # a look-up in a fake-quantized table, in the place of one in a variable
 
 # Those that stand for the tensor behind them: they change how it is trained and not what it is.
 TRANSPARENT = (GRADIENT, BATCH_NORM)
@@ -44,11 +45,11 @@ def are_in(graph: Any) -> bool:
     return any(of(op) is not None for op in graph.get_operations() if op.type == "Identity")
 
 
-def transparent(graph: Any) -> dict[str, str]:
-    """For the name of every tensor that stands for the one behind it, the name of that one."""
+def standing_for(graph: Any, kinds: tuple[str, ...] = (*TRANSPARENT, LOOK_UP)) -> dict[str, str]:
+    """For the name of every tensor that stands for another, the name of that one."""
     found = {}
     for op in graph.get_operations():
         mark = of(op) if op.type == "Identity" else None
-        if mark is not None and mark["kind"] in TRANSPARENT:
+        if mark is not None and mark["kind"] in kinds:
             found[op.outputs[0].name] = mark["input"]
     return found

@@ -16,6 +16,7 @@ import tensorflow as tf
 from kquant.core.graph import Weight
 from kquant.tf1 import marks
 from kquant.tf1.evaluate import Evaluator
+from kquant.tf1.values import variable_of
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,26 @@ class Kernel:
         op, slot: the graph op that reads it, and as which input.
         tensor: what it reads: the float kernel, or in a quantized graph the fake-quantized one.
         axes: of that tensor that share a scale; None for one scale.
-        transposed: the neutral graph holds it with its two axes exchanged.
+        view: how the neutral graph holds it: as it is, `"transposed"`, or a `"row"`, without its first axis of size 1.
     """
 
     op: Any
     slot: int
     tensor: Any
     axes: tuple[int, ...] | None
-    transposed: bool = False
+    view: str = ""
+
+    def seen(self, array: np.ndarray) -> np.ndarray:
+        """An array of the kernel's rank as the neutral graph holds it."""
+        if self.view == "transposed":
+            return np.transpose(array)
+        return array.reshape(array.shape[1:]) if self.view == "row" else array
+
+    def seen_axes(self) -> tuple[int, ...] | None:
+        """The axes that share a scale, of the array as the neutral graph holds it."""
+        if self.axes is None or not self.view:
+            return self.axes
+        return tuple(1 - a for a in self.axes) if self.view == "transposed" else tuple(a - 1 for a in self.axes if a)
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,15 @@ class Matcher:
             return Found("fake_quant", (self.tensor(mark["input"]),), tensor, op, {"mark": mark})
         if mark is not None and mark["kind"] in marks.TRANSPARENT:
             return replace(self.match(self.tensor(mark["input"])), output=tensor)
+        if mark is not None and mark["kind"] == marks.LOOK_UP:
+            return replace(self.match(op.inputs[0]), output=tensor)
         handler = HANDLERS.get(op.type)
-        found = handler(self, op, op.outputs.index(tensor)) if handler else f"{op.type} has no integer form"
+        if handler is None:
+            found: Found | str = f"{op.type} has no integer form on the target"
+        elif not tensor.shape.rank:
+            found = "its rank is not known, or it has no axes"
+        else:
+            found = handler(self, op, op.outputs.index(tensor))
         if isinstance(found, Found):
             return found
         sources = tuple(t for t in op.inputs if t.name in self.depends)
@@ -135,21 +155,24 @@ class Matcher:
     def static(self, tensor: Any) -> np.ndarray | None:
         """The value of a tensor that is constant, or None."""
         value = tf.get_static_value(tensor)
-        if value is None and self.is_parameter(tensor) and not self.reads_variables(tensor):
+        if value is None and self.is_parameter(tensor) and not self.variables(tensor):
             value = self.evaluator.run({}, [tensor.name])[0]
         return value
 
-    def reads_variables(self, tensor: Any) -> bool:
-        """Whether a parameter depends on variables."""
-        todo, seen = [tensor], set()
+    def variables(self, tensor: Any) -> set[str]:
+        """Names of the variable ops that a parameter depends on."""
+        found, todo, seen = set(), [tensor], set()
         while todo:
             t = todo.pop()
-            if t.name in self.evaluator.statistics or t.dtype == tf.resource or t.op.type.startswith("Variable"):
-                return True
-            if t.name not in seen:
-                seen.add(t.name)
+            if t.name in seen:
+                continue
+            seen.add(t.name)
+            variable = variable_of(t)
+            if t.name in self.evaluator.statistics or variable is not None:
+                found.add(self.evaluator.statistics.get(t.name) or variable.name)
+            else:
                 todo += list(t.op.inputs)
-        return False
+        return found
 
     def reader(self, tensor: Any, shape: tuple[int, ...] | None = None) -> Callable[[], np.ndarray]:
         """A function that evaluates a parameter, in its own shape or another."""
@@ -164,6 +187,11 @@ class Matcher:
         """A parameter as a weight."""
         own = tuple(int(n) for n in tensor.shape) if shape is None else shape
         return Weight(own, self.reader(tensor, own))
+
+    def value_of(self, tensor: Any) -> Any:
+        """The value of a variable that is given by its handle; another tensor as it is."""
+        variable = variable_of(tensor) if tensor.dtype == tf.resource else None
+        return tensor if variable is None else self.evaluator.values.value_tensor(variable.name)
 
     def is_read_once(self, tensor: Any, reader: Any) -> bool:
         """Whether `reader` is the only op of what is being read that reads the tensor."""
@@ -180,14 +208,20 @@ def caller(evaluator: Evaluator, found: Found) -> Callable[..., list[Any]]:
     float_kernel = {} if mark is None else {found.kernel.tensor.name: mark["kernel"]}  # type: ignore[union-attr]
 
     def call(values: Any, float_weights: bool = False) -> list[Any]:
-        pairs = zip(found.sources, values, strict=True)
-        feeds = {t.name: np.asarray(v) for t, v in pairs if isinstance(t, tf.Tensor)}
+        feeds = {t.name: v for t, v in zip(found.sources, values, strict=True) if isinstance(t, tf.Tensor)}
+        if any(map(is_symbolic, feeds.values())):
+            return evaluator.inline(feeds, [found.output.name])
         feeds = {n: _as(v, evaluator.graph.get_tensor_by_name(n).dtype) for n, v in feeds.items()}
         return evaluator.run(feeds, [found.output.name], float_kernel if float_weights else None)
 
     return call
 
 
-def _as(value: np.ndarray, dtype: Any) -> np.ndarray:
+def is_symbolic(value: Any) -> bool:
+    """Whether a value is a tensor of a graph that is being built, rather than an array."""
+    return isinstance(value, tf.Tensor) and not hasattr(value, "numpy")
+
+
+def _as(value: Any, dtype: Any) -> np.ndarray:
     """Values in the dtype of the tensor that they are fed for (an integer input that holds numbers comes as float)."""
-    return value.astype(dtype.as_numpy_dtype, copy=False)
+    return np.asarray(value).astype(dtype.as_numpy_dtype, copy=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -48,17 +48,17 @@ def geometry(op: Any) -> dict[str, Any]:
 def weighted(m: Matcher, kind: str, op: Any, source: Any, kernel: Kernel, attrs: dict[str, Any]) -> Found:
     """A weighted op; in a quantized graph with its formula and a reader of its codes."""
     mark = marks.of(kernel.tensor.op, marks.WEIGHT)
+    seen = kernel.seen
     master = kernel.tensor if mark is None else m.tensor(mark["kernel"])
-    turn: Callable[[np.ndarray], np.ndarray] = np.transpose if kernel.transposed else np.asarray
-    shape = tuple(int(n) for n in master.shape)
-    axes = kernel.axes
+    axes = kernel.seen_axes()
     if axes is not None:
-        attrs = {**attrs, "kernel_axes": tuple(1 - a for a in axes) if kernel.transposed else axes}
+        attrs = {**attrs, "kernel_axes": axes}
     if mark is not None:
         names = [mark["codes"], mark["scale"]]
         formula = weight_formula(mark["quantizer"], mark["bits"], None if mark["axes"] is None else tuple(mark["axes"]))
-        attrs = {**attrs, "formula": formula, "codes": lambda: tuple(map(turn, m.evaluator.run({}, names)))}
-    weight = Weight(shape[::-1] if kernel.transposed else shape, lambda: turn(m.reader(master)()))
+        attrs = {**attrs, "formula": formula, "codes": lambda: tuple(map(seen, m.evaluator.run({}, names)))}
+    shape = seen(np.empty(master.shape.as_list())).shape
+    weight = Weight(shape, lambda: seen(m.reader(master)()))
     return Found(kind, (source,), op.outputs[0], op, attrs, {"kernel": weight}, kernel)
 
 
@@ -105,7 +105,9 @@ def matmul(m: Matcher, op: Any, index: int) -> Found | str:
 
 
 def _dense(m: Matcher, op: Any, x: Any, kernel: Any, turned: bool) -> Found:
-    return weighted(m, "dense", op, x, Kernel(op, 1, kernel, (1,) if turned else (0,), turned), {})
+    return weighted(
+        m, "dense", op, x, Kernel(op, 1, kernel, (1,) if turned else (0,), "transposed" if turned else ""), {}
+    )
 
 
 @matches("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3")
@@ -128,7 +130,7 @@ def look_up(m: Matcher, op: Any, index: int) -> Found | str:
     table, ids = op.inputs[:2]
     axis = 0 if op.type != "GatherV2" else int(m.static(op.inputs[2]))
     if m.is_parameter(table) and axis == 0 and not m.is_parameter(ids):
-        return _embedding(m, op, table, ids)
+        return weighted(m, "embedding", op, ids, Kernel(op, 0, m.value_of(table), None), {})
     indices = m.static(ids)
     if m.is_parameter(table) or indices is None:
         return "a look-up needs a constant table, or constant indices on an axis other than the batch"
@@ -136,12 +138,6 @@ def look_up(m: Matcher, op: Any, index: int) -> Found | str:
     if not axis:
         return "a selection along the batch axis has no counterpart in the artifact"
     return Found("gather", (table,), op.outputs[0], op, {"axis": axis, "indices": np.asarray(indices, np.int32)})
-
-
-def _embedding(m: Matcher, op: Any, table: Any, ids: Any) -> Found | str:
-    if op.type == "ResourceGather":
-        return "a look-up in a resource is read through its value: use tf.gather(variable.read_value(), ids)"
-    return weighted(m, "embedding", op, ids, Kernel(op, 0, table, None), {})
 
 
 # -- what is part of a kernel's op ----------------------------------------------------------------------------------
@@ -176,6 +172,33 @@ def tensordot(m: Matcher, op: Any) -> Found | None:
     shape, result = x.shape.as_list(), op.outputs[0].shape.as_list()
     fits = len(shape) == len(result) and shape[:-1] == result[:-1] and shape[-1] == found.weights["kernel"].shape[0]
     return replace(found.then(op), sources=(x,)) if fits and result[-1] is not None else None
+
+
+def over_one_axis(m: Matcher, op: Any) -> Found | None:
+    """`tf.nn.conv1d` and its like: a new axis, a convolution over two axes, and that axis dropped again."""
+    inner = m.behind(op.inputs[0])
+    if m.is_parameter(inner) or inner.op.type not in _CONVOLUTIONS or not m.is_read_once(op.inputs[0], op):
+        return None
+    found = m.match(inner)
+    if found.kernel is None or found.output is not inner or "bias" in found.weights:
+        return None
+    (tall,) = found.sources
+    flat = tall.op.inputs[0] if tall.op.type in ("ExpandDims", "Reshape") and m.is_read_once(tall, inner.op) else None
+    shapes = [None if t is None else t.shape.as_list() for t in (flat, tall, inner, op.outputs[0])]
+    if None in shapes or any(s[1] != 1 for s in shapes[1:3]) or found.kernel.tensor.shape[0] != 1:
+        return None
+    if shapes[0] != [shapes[1][0], *shapes[1][2:]] or shapes[3] != [shapes[2][0], *shapes[2][2:]]:
+        return None
+    row = weighted(m, found.kind, inner.op, flat, replace(found.kernel, view="row"), _along_width(found.attrs))
+    return row.then(op)
+
+
+_CONVOLUTIONS = ("Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput")
+
+
+def _along_width(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    own = {k: v for k, v in attrs.items() if k not in ("codes", "formula", "kernel_axes")}
+    return {**own, "rank": 1, "strides": attrs["strides"][1:], "dilation": attrs["dilation"][1:]}
 
 
 def _keeps_order(m: Matcher, op: Any) -> bool:

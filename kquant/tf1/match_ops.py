@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
-from kquant.tf1.match import Found, Matcher, matches
+from kquant.tf1.match import Found, Matcher, is_symbolic, matches
 from kquant.tf1.match_elementwise import unchanged
-from kquant.tf1.match_linear import NOT_CHANNELS_LAST, tensordot, text
+from kquant.tf1.match_linear import NOT_CHANNELS_LAST, over_one_axis, tensordot, text
 
 BATCH = "has no counterpart in the artifact, which has samples on the first axis"
 
@@ -81,11 +82,16 @@ def reduce(m: Matcher, op: Any, index: int) -> Found | str:
 @matches("Reshape")
 def reshape(m: Matcher, op: Any, index: int) -> Found | str:
     """A reshape to sizes of which one may be unknown."""
-    found = tensordot(m, op)
-    return found or _reshaped(m, op)
+    return tensordot(m, op) or over_one_axis(m, op) or _reshaped(m, op)
 
 
-@matches("Squeeze", "ExpandDims")
+@matches("Squeeze")
+def squeeze(m: Matcher, op: Any, index: int) -> Found | str:
+    """Axes of size one dropped; the last part of a convolution over one axis."""
+    return over_one_axis(m, op) or _reshaped(m, op)
+
+
+@matches("ExpandDims")
 def _reshaped(m: Matcher, op: Any, *_: Any) -> Found | str:
     """Ops that change the shape only."""
     shape = op.outputs[0].shape
@@ -94,7 +100,7 @@ def _reshaped(m: Matcher, op: Any, *_: Any) -> Found | str:
     known = [-1 if n is None else n for n in shape.as_list()]
 
     def call(values: Any, float_weights: bool = False) -> list[Any]:
-        return [np.reshape(values[0], known)]
+        return [tf.reshape(values[0], known) if is_symbolic(values[0]) else np.reshape(values[0], known)]
 
     return Found("reshape", (op.inputs[0],), op.outputs[0], op, call=call)
 

@@ -118,7 +118,7 @@ def make_freezable(m: Matcher, found: Found, state: State) -> Any | None:
             result, *chosen = _switched(found.anchor, averages, is_frozen)
         else:
             pairs = zip(statistics, averages, strict=True)
-            result, chosen = None, [tf.where(is_frozen, tf.reshape(a, tf.shape(s)), s) for s, a in pairs]
+            result, chosen = None, [tf.where(is_frozen, tf.reshape(a, s.shape.as_list()), s) for s, a in pairs]
         for statistic, value in zip(statistics, chosen, strict=True):
             _replace(statistic, value, marks.STATISTIC, [o.op for o in chosen])
     return result

@@ -57,7 +57,7 @@ class Reader:
 
     def __init__(self, model: GraphModel):
         self.model = model
-        self.behind = marks.transparent(model.graph)
+        self.behind = marks.standing_for(model.graph)
         self.finished = _finished(model.graph, self.behind)
         self.inputs = {t.name for t in model.inputs}
         needed = _needed([self._final(t) for t in model.outputs], self.inputs)

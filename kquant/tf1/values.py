@@ -112,7 +112,7 @@ class Values:
             raise ModelError(
                 f"variables {_some(names)}", "a session that holds the values of the graph's variables", "none", fix
             )
-        fetches = {n: self._value_tensor(n) for n in names}
+        fetches = {n: self.value_tensor(n) for n in names}
         try:
             found: dict[str, np.ndarray] = raw(self.session, lambda session: session.run(fetches))
         except tf.errors.FailedPreconditionError as error:
@@ -135,13 +135,13 @@ class Values:
             found = {}
             for name in names:
                 with contextlib.suppress(tf.errors.FailedPreconditionError):
-                    found[name] = session.run(self._value_tensor(name))
+                    found[name] = session.run(self.value_tensor(name))
             return found
 
         found: dict[str, np.ndarray] = raw(self.session, read)
         return found
 
-    def _value_tensor(self, name: str) -> Any:
+    def value_tensor(self, name: str) -> Any:
         """A tensor with the value of a variable that depends on nothing else."""
         (tensor,) = self.graph.get_operation_by_name(name).outputs
         if tensor.dtype != tf.resource:

@@ -1,0 +1,163 @@
+"""What is refused: each with an error that says where, what was expected, what was received and what to do."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import kquant
+
+from .nets import X, small, v1
+
+
+def refused(match, function, *args, error=kquant.ModelError, **options):
+    with pytest.raises(error, match=match):
+        function(*args, **options)
+
+
+def test_training_ops_first():
+    net = small()
+    net.train_op()
+    count = len(net.graph.get_operations())
+    refused("without training ops.*minimize", kquant.QAT_Quantizer(), net.graph)
+    assert len(net.graph.get_operations()) == count
+
+
+def test_gradients_first():
+    net = small()
+    with net.graph.as_default():
+        v1.gradients(net.loss, net.graph.get_collection("trainable_variables"))
+    refused("without training ops", kquant.QAT_Quantizer(), net.graph)
+
+
+def test_quantized_twice():
+    net = small()
+    kquant.QAT_Quantizer()(net.graph)
+    refused("kquant already quantized", kquant.QAT_Quantizer(), net.graph)
+
+
+def test_finalized_graph():
+    net = small()
+    net.graph.finalize()
+    refused("finalized graph", kquant.QAT_Quantizer(), net.graph)
+
+
+def test_no_op_of_that_name():
+    net = small()
+    config = [{"q_bits": 8, "op_names": ["second/conf"]}]
+    refused("second/conf.*second/conv", kquant.QAT_Quantizer(config), net.graph, error=kquant.ConfigError)
+    refused("outputs.*'probs'.*'prob'", kquant.QAT_Quantizer(), net.graph, outputs=["prob"])
+
+
+def test_no_op_of_that_type():
+    net = small()
+    config = [{"q_bits": 8, "op_types": ["Conv2d"]}]
+    refused("Conv2d.*'Conv2D'", kquant.QAT_Quantizer(config), net.graph, error=kquant.ConfigError)
+
+
+def test_no_trainable_weight():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 4, 4, 2])
+        tf.nn.relu(tf.nn.max_pool2d(x, 2, 2, "SAME"))
+    refused("trainable weight.*none", kquant.QAT_Quantizer(), graph)
+
+
+def test_weights_that_are_not_trained():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 4])
+        tf.matmul(x, v1.get_variable("w", [4, 2], trainable=False))
+    refused("trainable weight.*training=False", kquant.QAT_Quantizer(), graph)
+
+
+def test_empty_graph():
+    refused("trainable weight.*none", kquant.QAT_Quantizer(), tf.Graph())
+
+
+def test_uninitialized_variables_at_export(tmp_path):
+    net = small()
+    kquant.QAT_Quantizer()(net.graph)
+    with net.graph.as_default():
+        session = v1.Session()
+    refused("variables .*initializers", kquant.export_tflite, session, tmp_path / "model.tflite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranges_never_set_at_export(tmp_path):
+    net = small()
+    kquant.QAT_Quantizer()(net.graph)
+    session = net.session()
+    path = tmp_path / "model.tflite"
+    refused("range must be set.*calibration_data", kquant.export_tflite, session, path, error=kquant.ExportError)
+
+
+def test_export_of_a_float_graph(tmp_path):
+    session = small().session()
+    refused("a quantized model.*float", kquant.export_tflite, session, tmp_path / "model.tflite")
+
+
+def test_export_of_a_graph_without_a_session(tmp_path):
+    net = small()
+    kquant.QAT_Quantizer()(net.graph)
+    refused("a session that holds the values", kquant.export_tflite, net.graph, tmp_path / "model.tflite")
+
+
+def test_input_of_unknown_rank():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, name="x")
+        y = tf.matmul(x, v1.get_variable("w", [4, 2]), name="y")
+    refused("'x:0'.*a shape.*unknown rank", kquant.QAT_Quantizer(), graph, inputs=[x], outputs=[y])
+
+
+def test_missing_input(tmp_path):
+    net = small()
+    kquant.QAT_Quantizer()(net.graph, X, session=net.session())
+    path = tmp_path / "model.tflite"
+    refused("inputs.*no 'x:0'", kquant.export_tflite, net.session(), path, inputs=["labels"], outputs=["probs"])
+
+
+def test_calibration_without_values():
+    net = small()
+    refused(r"session that holds the values.*session=", kquant.QAT_Quantizer(), net.graph, X)
+
+
+def test_session_on_another_graph():
+    net, other = small(), small()
+    refused("session on another graph", kquant.QAT_Quantizer(), net.graph, X, session=other.session())
+
+
+def test_calibration_data_of_the_wrong_shape():
+    net = small()
+    data = np.zeros((8, 3, 3, 3), np.float32)
+    session = net.session()
+    refused("shape", kquant.QAT_Quantizer(), net.graph, data, session=session, error=kquant.CalibrationError)
+
+
+def test_op_without_an_integer_form():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 5, 5, 5, 2])
+        w = v1.get_variable("w", [3, 3, 3, 2, 4])
+        y = tf.nn.conv3d(x, w, [1] * 5, "SAME", name="volume")
+        tf.matmul(tf.reduce_mean(y, [1, 2, 3]), v1.get_variable("v", [4, 2]))
+    refused("'volume'.*Conv3D.*exclude", kquant.QAT_Quantizer(), graph, error=kquant.UnsupportedError)
+
+
+def test_a_refused_graph_is_not_changed():
+    net = small()
+    count = len(net.graph.get_operations())
+    config = [{"q_bits": 1, "op_types": ["default"], "quantizer": "dorefa"}]
+    refused("1-bit activations", kquant.quantize_model, net.graph, config, error=kquant.ConfigError)
+    assert len(net.graph.get_operations()) == count
+
+
+def test_what_is_no_graph():
+    refused("tf.Graph.*Session", kquant.QAT_Quantizer(), tf.constant(1.0))
+    refused("a session on one", kquant.QAT_Quantizer(), object())
+
+
+def test_arguments_for_graphs_only():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    refused("training=.*graphs only", kquant.QAT_Quantizer(), model, training=False, error=kquant.ConfigError)
