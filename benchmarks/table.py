@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
+ROUNDING = 1e-9  # of a value that is on its bar, as a mean of counts of samples can be
+
+
 @dataclass(frozen=True)
 class Row:
     """One number beside its bar.
@@ -31,7 +34,7 @@ class Row:
         """Whether the bar is met; None without a bar."""
         if self.bar is None:
             return None
-        return bool(self.value <= self.bar if self.at_most else self.value >= self.bar)
+        return bool(self.value <= self.bar + ROUNDING if self.at_most else self.value >= self.bar - ROUNDING)
 
     def __str__(self) -> str:
         bar = "" if self.bar is None else f"{'≤' if self.at_most else '≥'} {self.bar:g}{self.unit}"
