@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-
 ROUNDING = 1e-9  # of a value that is on its bar, as a mean of counts of samples can be
 
 
