@@ -21,7 +21,8 @@ from kquant_torch.attach import attach
 from kquant_torch.data import arrays_of
 from kquant_torch.read import Reading, read, read_code
 from kquant_torch.root import is_quantized
-from kquant_torch.trace import as_arguments
+from kquant_torch.trace import Inputs, NotTraceable, as_arguments
+from kquant_torch.untraced import attach_hooks, calibrate_untraced, is_untraced, read_untraced
 
 TARGETS = ("onednn", "onednn_fused")
 OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
@@ -45,7 +46,8 @@ def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str,
     # A model input takes part only by its name: it is 8 bits unless an entry names it.
     candidates = [Candidate(f"input:{name}", (name,), "Input", False) for name in graph.inputs]
     candidates += [Candidate(op.id, op.attrs["aliases"], op.type_name, op.kind != "opaque") for op in graph.ops]
-    return match(entries, candidates)
+    found = match(entries, candidates)
+    return {**found, **{op.id: None for op in graph.ops if "where" in op.attrs}}
 
 
 def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable: bool) -> Plan:
@@ -53,6 +55,7 @@ def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable:
     made = place(graph, _entries(graph, config_list, quantizer))
     if not any(row_of(op.kind).placement not in (Placement.IDENTITY, Placement.OPAQUE) for op in graph.ops):
         raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
+    made = _with_places(made)
     if not portable:
         return made
     weights = {op: dataclasses.replace(spec, largest=PORTABLE_MAX) for op, spec in made.weights.items()}
@@ -62,6 +65,22 @@ def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable:
         for row in made.rows
     )
     return dataclasses.replace(made, weights=weights, rows=rows)
+
+
+def _with_places(made: Plan) -> Plan:
+    """The plan with file and line of the calls that stay float because the model cannot be traced."""
+    reasons = {op.id: op.attrs["reason"] for op in made.graph.ops if "where" in op.attrs}
+    layers = {op.layer: op.attrs["reason"] for op in made.graph.ops if "where" in op.attrs}
+    rows = tuple(dataclasses.replace(r, note=layers[r.layer]) if r.layer in layers else r for r in made.rows)
+    return dataclasses.replace(made, floats={**made.floats, **reasons}, rows=rows)
+
+
+def _read(model: nn.Module, example_inputs: Any) -> tuple[Reading, Any]:
+    """A model that was read, and how to attach a plan to it."""
+    try:
+        return read_code(model, example_inputs), attach
+    except NotTraceable:
+        return read_untraced(model, Inputs(model, example_inputs)), attach_hooks
 
 
 def _check_model(model: Any, example_inputs: Any) -> None:
@@ -118,7 +137,7 @@ def plan(
     """
     _check_choice("target", target, TARGETS)
     _check_model(model, example_inputs)
-    return _placed(read_code(copy.deepcopy(model), example_inputs), config_list, quantizer, portable)
+    return _placed(_read(copy.deepcopy(model), example_inputs)[0], config_list, quantizer, portable)
 
 
 def wrap(
@@ -171,8 +190,8 @@ def _quantize(
 ) -> nn.Module:  # fmt: skip
     _check_choice("observer", observer, OBSERVERS)
     _check_choice("target", target, TARGETS)
-    reading = read_code(model, example_inputs)
-    quantized = attach(_placed(reading, config_list, quantizer, portable), reading)
+    reading, attached = _read(model, example_inputs)
+    quantized = attached(_placed(reading, config_list, quantizer, portable), reading)
     if calibration_data is not None:
         calibrate(quantized, calibration_data, observer)
     return quantized
@@ -186,6 +205,9 @@ def calibrate(qmodel: nn.Module, calibration_data: Any, observer: str = "auto") 
         calibration_data, observer: as in `wrap`.
     """
     _check_choice("observer", observer, OBSERVERS)
+    if is_untraced(qmodel):
+        calibrate_untraced(qmodel, calibration_data, observer)
+        return
     calibrate_graph(read(qmodel), arrays_of(calibration_data), observer)
 
 

@@ -50,7 +50,7 @@ class Builder:
         self._modules()
         self.holder.to(device)
         self.model.add_module(HOLDER, self.holder)
-        self.model.train(self.model.training)
+        self.holder.train(self.model.training)
         self.code.lint()
         names = [self.labels[n] for n in self.code.nodes if n in self.labels]
         values = self.reading.inputs.values

@@ -191,6 +191,7 @@ class FakeQuantize(Delayed):
         self.bits, self.sites, self.symmetric, self.nonneg, self.decay = bits, sites, symmetric, nonneg, decay
         self.fixed = None if fixed is None else (float(fixed[0]), float(fixed[1]))
         self.frozen, self.name = False, ""
+        self.watch: Any = None  # in calibration: called with (self, x, site), and its result is passed on
         self.register_buffer("fixed_range", torch.tensor(self.fixed or (0.0, 1.0)), persistent=False)
         if fixed is None:
             self.register_buffer("minimum", torch.zeros(sites))
@@ -203,6 +204,8 @@ class FakeQuantize(Delayed):
 
     def forward(self, x: torch.Tensor, site: int | None = None, boundary: bool = False) -> torch.Tensor:
         """`x`, quantized and dequantized; float32 inside, the dtype of `x` outside."""
+        if self.watch is not None:
+            return self.watch(self, x, site)
         wide = x.float()
         observes = self.training and self.fixed is None and site is not None
         if observes and not self.frozen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 
 def reciprocal_root(x: torch.Tensor, epsilon: float, factor: float = 1.0) -> torch.Tensor:
@@ -24,4 +25,22 @@ def channel_affine(x: torch.Tensor, scale: torch.Tensor | None, offset: torch.Te
     return x if offset is None else x + offset.reshape(shape)
 
 
-OURS = (reciprocal_root, scaled_softmax, channel_affine)
+def run_pre_hooks(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The input of a module after its forward pre-hooks; its own code is part of the model's."""
+    for key, hook in module._forward_pre_hooks.items():
+        result = hook(module, (x,), {})[0] if key in module._forward_pre_hooks_with_kwargs else hook(module, (x,))
+        if result is not None:
+            x = result[0] if isinstance(result, tuple) else result
+    return x
+
+
+def run_hooks(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The output of a module after its forward hooks."""
+    for key, hook in module._forward_hooks.items():
+        extra = ({},) if key in module._forward_hooks_with_kwargs else ()
+        result = hook(module, (x,), *extra, y)
+        y = y if result is None else result
+    return y
+
+
+OURS = (reciprocal_root, scaled_softmax, channel_affine, run_pre_hooks, run_hooks)

@@ -47,6 +47,8 @@ def handle(r: Reader, node: fx.Node) -> Any:
     from kquant_torch import read_functions, read_modules, read_shapes  # noqa: F401  they enter their handlers
     from kquant_torch.read_functions import read_unknown
 
+    if "where" in node.meta:
+        return opaque(r, node, f"{function_name(node)} at {node.meta['where']}, in code that torch.fx cannot trace")
     try:
         if node.op == "call_module":
             return _module(r, node)
@@ -72,4 +74,5 @@ def _module(r: Reader, node: fx.Node) -> Any:
 def opaque(r: Reader, node: fx.Node, reason: str) -> Any:
     """An op that can only stay float."""
     operands = [n for n in node.all_input_nodes if r.is_data(n)]
-    return r.add("opaque", node, operands, {"reason": reason})
+    place = {"where": node.meta["where"]} if "where" in node.meta else {}
+    return r.add("opaque", node, operands, {"reason": reason, **place})

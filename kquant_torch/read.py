@@ -64,9 +64,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from kquant.core.errors import ModelError
+from kquant.core.errors import ModelError, UnsupportedError
 from kquant.core.graph import Graph, Op, Tensor, Weight
-from kquant_torch.trace import Described, Inputs, in_mode, propagate, trace
+from kquant_torch.trace import Described, Inputs, NotTraceable, in_mode, propagate, trace
 from kquant_torch.weights import WeightQuantizer
 
 
@@ -419,9 +419,17 @@ def read(model: nn.Module, example_inputs: Any = None) -> Graph:
 
     Raises:
         ModelError: not a module, empty, or example inputs that it cannot be called on.
-        NotTraceable: control flow that depends on values or on the mode.
+        UnsupportedError: control flow that depends on values or on the mode.
     """
-    return read_code(model, example_inputs).graph
+    try:
+        return read_code(model, example_inputs).graph
+    except NotTraceable as error:
+        raise UnsupportedError(
+            f"model {type(model).__name__!r}",
+            "a forward that torch.fx can trace, since an artifact has no control flow",
+            str(error),
+            "Move the control flow out of the model; it can be wrapped and trained as it is, but not exported",
+        ) from error
 
 
 def parameter_weight(reader: Reader, node: fx.Node, view: tuple[int, ...] | None = None) -> Weight:

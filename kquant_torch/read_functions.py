@@ -291,6 +291,11 @@ def _identity(r: Reader, node: fx.Node, input: Any, *args: Any, **kwargs: Any) -
     return r.add("identity", node, [input], call=lambda values, float_weights=False: [values[0]])
 
 
+@reads("run_pre_hooks", "run_hooks")
+def _hooks(r: Reader, node: fx.Node, module: Any, *values: Any) -> Any:
+    return _identity(r, node, values[-1])
+
+
 @reads("to")
 def _to(r: Reader, node: fx.Node, input: Any, *args: Any, **kwargs: Any) -> Any:
     if node.meta["value"].dtype != torch.float32:

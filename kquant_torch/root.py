@@ -101,7 +101,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 def names_of(model: nn.Module) -> list[Any]:
     """The names of a wrapped model's ops in the order of its code; none for a float model."""
-    return list(model.__dict__[STATE]["names"]) if is_quantized(model) else []
+    return list(model.__dict__[STATE].get("names", ())) if is_quantized(model) else []
 
 
 def example_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from kquant.core.errors import ModelError
-from kquant_torch.functions import OURS
+from kquant_torch.functions import OURS, run_hooks, run_pre_hooks
 from kquant_torch.state import Stateful
 
 COMPOSITE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -43,6 +44,8 @@ class Tracer(fx.Tracer):
         """A module of the user's that returns its input as it is in evaluation (drop path) is one node."""
         if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return self._hooked(m, forward, args, kwargs)
         before = len(self.graph.nodes)
         result = super().call_module(m, forward, args, kwargs)
         if args and result is args[0] and len(self.graph.nodes) == before and not isinstance(m, COMPOSITE):
@@ -50,6 +53,28 @@ class Tracer(fx.Tracer):
             self.training_only.add(name)
             return self.create_proxy("call_module", name, args, kwargs)
         return result
+
+    def create_arg(self, a: Any) -> Any:
+        """A module as an argument is an attribute of the model."""
+        return (
+            self.create_node("get_attr", self.path_of_module(a), (), {})
+            if isinstance(a, nn.Module)
+            else super().create_arg(a)
+        )
+
+    def _hooked(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        """A container with hooks: they run where its code begins and ends."""
+        if len(args) != 1 or kwargs or m._backward_hooks or m._backward_pre_hooks:
+            raise NotTraceable(f"{self.path_of_module(m)!r} has backward hooks, or hooks and several inputs")
+        x = self.create_proxy("call_function", run_pre_hooks, (m, args[0]), {}) if m._forward_pre_hooks else args[0]
+        hooks = m._forward_hooks, m._forward_pre_hooks
+        m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
+        try:
+            # The closure that fx made holds the arguments before the hooks.
+            y = super().call_module(m, lambda *a, **k: m.forward(*a, **k), (x,), {})
+        finally:
+            m._forward_hooks, m._forward_pre_hooks = hooks
+        return self.create_proxy("call_function", run_hooks, (m, x, y), {}) if m._forward_hooks else y
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def calibrate(graph: Graph, data: Any, observer: str = "auto") -> None:
     """
     stream = batches(data, graph)
     head = _head(stream)
-    watch = _Watch(observer, input_ranges(graph, head) if observer == "auto" else {})
+    watch = Watch(observer, input_ranges(graph, head) if observer == "auto" else {})
     for feeds in itertools.chain(head, stream):
         walk(graph, feeds, watch)
     watch.set_ranges(graph)
@@ -117,7 +117,7 @@ def _head(stream: Iterator[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]
     return head
 
 
-class _Watch:
+class Watch:
     """Visits every fake quantization of a run, observes what flows in, and lets it through unquantized."""
 
     def __init__(self, observer: str, limits: Mapping[str, tuple[np.float32, np.float32]]):
@@ -127,6 +127,7 @@ class _Watch:
         self.clipped: dict[str, list[int]] = {}
 
     def __call__(self, op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
+        """Take in what flows into a fake quantization; what is returned takes the place of its output."""
         if op.kind != "fake_quant":
             return None
         quantizer, site = op.attrs["quantizer"], op.attrs["site"]
