@@ -13,7 +13,7 @@ from torch import nn
 from kquant.core.calibration import calibrate as calibrate_graph
 from kquant.core.config import Candidate, Entry, match, parse
 from kquant.core.errors import ConfigError, ModelError, nearest
-from kquant.core.graph import Graph
+from kquant.core.graph import Op
 from kquant.core.int8_spec import Placement, row_of
 from kquant.core.placement import place
 from kquant.core.plan import Plan
@@ -36,7 +36,8 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         )
 
 
-def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str, Entry | None]:
+def _entries(reading: Reading, config_list: Any, quantizer: str | None) -> dict[str, Entry | None]:
+    graph = reading.graph
     entries = parse(config_list, quantizer=quantizer)
     for entry in entries:
         if 16 in (entry.input_bits, entry.output_bits):
@@ -45,14 +46,22 @@ def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str,
             )
     # A model input takes part only by its name: it is 8 bits unless an entry names it.
     candidates = [Candidate(f"input:{name}", (name,), "Input", False) for name in graph.inputs]
-    candidates += [Candidate(op.id, op.attrs["aliases"], op.type_name, op.kind != "opaque") for op in graph.ops]
+    candidates += [Candidate(op.id, op.attrs["aliases"], op.type_name, _in_default(reading, op)) for op in graph.ops]
     found = match(entries, candidates)
     return {**found, **{op.id: None for op in graph.ops if "where" in op.attrs}}
 
 
+def _in_default(reading: Reading, op: Op) -> bool:
+    """Whether "default" selects an op. It selects what cannot be quantized too, so that it is refused by name.
+
+    In a model that cannot be traced the plan names it, since there nobody has to leave it out.
+    """
+    return reading.traced or op.kind != "opaque"
+
+
 def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable: bool) -> Plan:
     graph = reading.graph
-    made = place(graph, _entries(graph, config_list, quantizer))
+    made = place(graph, _entries(reading, config_list, quantizer))
     if not any(row_of(op.kind).placement not in (Placement.IDENTITY, Placement.OPAQUE) for op in graph.ops):
         raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
     made = _with_places(made)

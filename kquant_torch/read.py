@@ -90,6 +90,7 @@ class Reading:
     inputs: Inputs
     names: list[Name] = field(default_factory=list)
     items: dict[str, fx.Node] = field(default_factory=dict)
+    traced: bool = True
 
 
 class Refused(Exception):  # noqa: N818  caught by the reader, which makes an opaque op of it

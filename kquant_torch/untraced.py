@@ -114,7 +114,7 @@ def read_untraced(model: nn.Module, inputs: Inputs) -> Reading:
     tensors = tuple(reader.values[n] for n in code.nodes if n.op == "placeholder")
     names = tuple(f"output_{i}" for i in range(len(outputs)))
     graph = Graph(tuple(reader.ops), reader.tensors, tensors, tuple(outputs), type(model).__name__, tensors, names)
-    return Reading(graph, model, code, inputs, reader.names, reader.items)
+    return Reading(graph, model, code, inputs, reader.names, reader.items, traced=False)
 
 
 # -- hooks ----------------------------------------------------------------------------------------------------------

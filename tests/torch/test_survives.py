@@ -45,7 +45,7 @@ def torch_saved(model):
 @each
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), torch_saved])
 def test_copies_compute_the_same_and_go_on_the_same(quantizer, copied):
-    qmodel, optimizer = trained(quantizer)
+    qmodel, _ = trained(quantizer)
     twin = copied(qmodel)
     assert twin.describe() == "QuantizedNet by a user" and isinstance(twin, Net)
     assert torch.equal(outputs(qmodel, images()), outputs(twin, images()))
@@ -86,10 +86,10 @@ def test_half_of_the_quantization_state_is_missing_state():
     state = qmodel.state_dict()
     key = next(k for k in state if k.endswith(".maximum"))
     del state[key]
-    with pytest.raises(RuntimeError, match="Missing key.*maximum"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*maximum"):
         qmodel.load_state_dict(state)
     state = {**Net().state_dict(), "other": torch.zeros(())}
-    with pytest.raises(RuntimeError, match="Unexpected key.*other"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*other"):
         qmodel.load_state_dict(state)
 
 
@@ -121,7 +121,7 @@ def test_compiles_without_a_graph_break(quantizer):
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for model, called in ((qmodel, qmodel), (twin, compiled)):
         optimizer = torch.optim.SGD(model.parameters(), 1e-2)
-        for i in range(3):
+        for _ in range(3):
             step(called, optimizer, images(8))
     # Values on a rounding boundary may fall to the other side: eager mode multiplies and adds in one operation.
     pairs = zip(qmodel.state_dict().values(), twin.state_dict().values(), strict=True)
