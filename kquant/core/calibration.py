@@ -30,12 +30,15 @@ def batches(data: Any, graph: Graph) -> Iterator[dict[str, np.ndarray]]:
     Raises:
         CalibrationError: a batch of the wrong structure, shape or dtype, with NaN or infinity, or no batch at all.
     """
-    if hasattr(data, "shape") and hasattr(data, "dtype"):
-        array = np.asarray(data)
-        data = [array[i : i + BATCH] for i in range(0, len(array), BATCH)] if array.ndim else [array]
-    elif isinstance(data, Mapping) and len(graph.inputs) >= 1:
-        length = len(next(iter(data.values()), ()))
-        data = [{k: v[i : i + BATCH] for k, v in data.items()} for i in range(0, length, BATCH)]
+    size = _batch_size(graph)
+    if hasattr(data, "shape"):
+        array = _numbers(data, "calibration data", "the samples")
+        data = [array[i : i + size] for i in range(0, len(array), size)] if array.ndim else [array]
+    elif isinstance(data, Mapping):
+        whole = _feeds(data, graph, "calibration batch 0")
+        named = dict(zip(graph.input_names, whole.values(), strict=True))
+        count = len(next(iter(named.values())))
+        data = [{k: v[i : i + size] for k, v in named.items()} for i in range(0, count, size)]
     if not isinstance(data, Iterable):
         raise CalibrationError("calibration data", "an array of samples or an iterable of batches", type(data).__name__)
     count = 0
@@ -48,9 +51,18 @@ def batches(data: Any, graph: Graph) -> Iterator[dict[str, np.ndarray]]:
         )
 
 
+def _batch_size(graph: Graph) -> int:
+    """How many samples of an array are run at a time: a multiple of the model's own batch, where that is fixed."""
+    fixed = graph.tensors[graph.inputs[0]].shape[:1]
+    own = fixed[0] if fixed and fixed[0] else 1
+    return max(BATCH // own, 1) * own
+
+
 def _feeds(batch: Any, graph: Graph, where: str) -> dict[str, np.ndarray]:
     names = graph.inputs
-    if isinstance(batch, (tuple, list)) and len(names) > 1 and len(batch) == len(names):
+    # Of two inputs a pair is either the inputs or (x, y); it is (x, y) where x is itself a collection.
+    nested = isinstance(batch, tuple) and len(batch) > 0 and isinstance(batch[0], (Mapping, list, tuple))
+    if isinstance(batch, (tuple, list)) and len(names) > 1 and len(batch) == len(names) and not nested:
         values = list(batch)
     else:
         x = batch[0] if isinstance(batch, tuple) and 1 <= len(batch) <= 3 else batch
@@ -63,16 +75,30 @@ def _feeds(batch: Any, graph: Graph, where: str) -> dict[str, np.ndarray]:
             values = list(x) if isinstance(x, (list, tuple)) and len(x) == len(names) and len(names) > 1 else [x]
     if len(values) != len(names):
         raise CalibrationError(where, f"{len(names)} inputs", f"{len(values)}")
-    return {n: _array(v, graph, n, where) for n, v in zip(names, values, strict=True)}
+    feeds = {n: _array(v, graph, n, where) for n, v in zip(names, values, strict=True)}
+    counts = {n: len(v) for n, v in feeds.items()}
+    if len(set(counts.values())) > 1:
+        raise CalibrationError(where, "the same number of samples for every input", counts)
+    return feeds
+
+
+def _numbers(value: Any, where: str, what: str) -> np.ndarray:
+    """An array of real numbers."""
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever the object says of itself (symbolic, ragged, on another device)
+        raise CalibrationError(where, f"numbers for {what}", f"{type(value).__name__}: {error}") from error
+    # Number types that numpy does not know (bfloat16) are kind V, and convert.
+    if array.dtype.kind not in "biufV" or array.dtype.names:
+        raise CalibrationError(where, f"numbers for {what}", f"{type(value).__name__} of dtype {array.dtype}")
+    return array
 
 
 def _array(value: Any, graph: Graph, name: str, where: str) -> np.ndarray:
     tensor = graph.tensors[name]
-    try:
-        array = np.asarray(value)
-        array = array.astype(tensor.dtype, copy=False)
-    except (TypeError, ValueError) as error:
-        raise CalibrationError(where, f"numbers for input {name!r}", str(error)) from error
+    given = _numbers(value, where, f"input {name!r}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = given.astype(tensor.dtype, copy=False)
     fits = array.ndim == len(tensor.shape) and all(
         want is None or have == want for have, want in zip(array.shape[1:], tensor.shape[1:], strict=True)
     )
@@ -82,6 +108,8 @@ def _array(value: Any, graph: Graph, name: str, where: str) -> np.ndarray:
         raise CalibrationError(where, "at least one sample", f"shape {array.shape}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise CalibrationError(where, f"finite values for input {name!r}", "NaN or infinity")
+    if array.dtype.kind in "iu" and not np.array_equal(array, given):
+        raise CalibrationError(where, f"whole numbers for input {name!r}, which are looked up", f"dtype {given.dtype}")
     return array
 
 

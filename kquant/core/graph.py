@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from kquant.core.errors import CalibrationError
+
 Shape = tuple[int | None, ...]
 
 
@@ -103,6 +105,18 @@ class Graph:
         return dataclasses.replace(self, **changes)
 
 
+def _run(op: Op, inputs: list[Any], float_weights: bool) -> list[Any]:
+    try:
+        return op.call(inputs, float_weights)
+    except Exception as error:  # a user's layer, or the framework on values that it refuses: the op's name says where
+        lines = str(error).strip().splitlines() or [""]
+        raise CalibrationError(
+            f"layer {op.layer!r} ({op.type_name})",
+            "it must run on the data that were passed",
+            f"{type(error).__name__}: {lines[0]}",
+        ) from error
+
+
 def walk(
     graph: Graph,
     feeds: Mapping[str, Any],
@@ -118,13 +132,16 @@ def walk(
         visit: called after each op with (op, input values, output values); what it returns, unless None, replaces the
             outputs for the ops that follow.
         float_weights: run the ops on their float master weights.
+
+    Raises:
+        CalibrationError: an op fails on these values.
     """
     last_use = {t: i for i, op in enumerate(graph.ops) for t in op.inputs}
     values: dict[str, Any] = {t.id: t.constant for t in graph.tensors.values() if t.constant is not None}
     values.update(feeds)
     for index, op in enumerate(graph.ops):
         inputs = [values[t] for t in op.inputs]
-        outputs = op.call(inputs, float_weights)
+        outputs = _run(op, inputs, float_weights)
         changed = visit(op, inputs, outputs)
         values.update(zip(op.outputs, outputs if changed is None else changed, strict=True))
         for tensor in op.inputs:

@@ -19,6 +19,7 @@ from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
 from kquant.core.target import TFLITE, Target
 
+ON_GRID = 1e-3  # steps: a constant on its grid, whose ends are found again only to a few units in the last place
 COARSE_UNIT = 0.02  # output codes: half of it is what a bias may be off by
 LARGEST_TABLE = 2**22  # bytes
 
@@ -335,6 +336,16 @@ def constant_affine(value: np.ndarray, name: str, bits: int = 8) -> Affine:
     if magnitudes.size == 1 and magnitudes[0] > 0 and bits == 8:
         return Affine(np.float32(magnitudes[0] / 127), 0, 8)
     return Affine.of_range(low, high, bits, name)
+
+
+def held_constant(value: np.ndarray, name: str) -> np.ndarray:
+    """A constant operand on the 8-bit grid that an artifact holds it in; itself where it lies there already.
+
+    The trained model has to use it, or it would be trained on other values than are deployed.
+    """
+    affine = constant_affine(value, name)
+    held = affine.dequantize(affine.quantize(value))
+    return value if np.abs(held - value).max(initial=0.0) <= ON_GRID * affine.scale else held
 
 
 def function_table(op: Op, source: Affine, target: Affine) -> np.ndarray:

@@ -170,8 +170,15 @@ class Placer:
         model_input = self._model_input(tensor)
         bits = entry.input_bits if entry is not None and entry.input_bits and (named or not model_input) else 8
         own = self.entries.get(f"input:{model_input}")
-        if own is not None and not own.exclude:
+        if own is not None:
             bits = own.input_bits or own.output_bits or 8
+            if own.exclude or bits == 32:
+                raise ConfigError(
+                    f"config_list[{own.index}]",
+                    f"input {model_input!r} must be quantized, because {stage.anchor.layer!r} reads it in integers",
+                    "an entry that leaves it in float",
+                    "Leave the input out of the entry, or exclude its readers too",
+                )
         delay = entry.start_step if entry is not None else 0
         self._new(tensor, _Need(bits, start_step=delay, naive=entry is not None and entry.quantizer == "naive"))
         self.sites.append((("tensor", tensor), tensor, True))

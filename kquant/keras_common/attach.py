@@ -10,9 +10,12 @@ import numpy as np
 from kquant.core.affine import Affine
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op
+from kquant.core.lower import held_constant
 from kquant.core.plan import Plan, Site, Spec
 from kquant.keras_common.generation import Generation
 from kquant.tf_numerics import EMA_DECAY
+
+ARITHMETIC = ("add", "sub", "mul")
 
 
 class Builder:
@@ -62,11 +65,25 @@ class Builder:
         if fresh:
             self.made[source.key] = self._make(op)
         layer = self.made[source.key]
-        outputs = self.tree.flatten(source.invoke(layer, inputs))
+        outputs = self.tree.flatten(self._called(op, layer, inputs))
         if fresh and source.weights is not None:
             _copy_weights(self.generation.own.QuantizedLayer, layer, source.weights(), op.layer)
         for tensor, value in zip(op.outputs, outputs, strict=True):
             self._set(tensor, value, op.id in self.plan.integer)
+
+    def _called(self, op: Op, layer: Any, inputs: list[Any]) -> Any:
+        """The op on new inputs. The constant of an integer sum or product lies on the grid that the artifact has."""
+        value = next((self.graph.tensors[t].constant for t in op.inputs if t not in self.raw), None)
+        if value is None or op.kind not in ARITHMETIC or op.id not in self.plan.integer or self._is_wide(op):
+            return op.source.invoke(layer, inputs)
+        held = held_constant(value, op.id)
+        if held is value:
+            return op.source.invoke(layer, inputs)
+        return layer(*(inputs[0] if t in self.raw else held for t in op.inputs))
+
+    def _is_wide(self, op: Op) -> bool:
+        """Whether an op computes in 16 bits, where the grid of a constant is fine enough not to matter."""
+        return any(self.plan.specs[site.spec].bits == 16 for site in self.plan.sites.get(op.output, ()))
 
     def _operand(self, op: Op, index: int, tensor: str) -> Any:
         value = self.raw[tensor]

@@ -14,6 +14,7 @@ import numpy as np
 
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.reader import Reader
+from kquant.keras_common.subclassed import unread_weight
 
 Expander = Callable[[Generation, Any, list[Any], Call], Any]
 EXPAND: dict[str, Expander] = {}
@@ -247,4 +248,4 @@ def _symbolic(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     outputs = copy.call(*args, **kwargs)
     if any(y is x for y in g.tree.flatten(outputs) for x in inputs):
         return "identity"
-    return outputs
+    return unread_weight(g, copy, g.keras.Model(inputs, g.tree.flatten(outputs))) or outputs

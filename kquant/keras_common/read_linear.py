@@ -10,7 +10,7 @@ import numpy as np
 from kquant.keras_common.generation import Call, Source
 from kquant.keras_common.handlers import reads, reads_own, weight
 from kquant.keras_common.read_layers import activation, not_channels_last
-from kquant.keras_common.reader import Reader
+from kquant.keras_common.reader import NOT_IDS, Reader
 
 
 def _geometry(layer: Any) -> dict:
@@ -50,6 +50,8 @@ def _einsum(layer: Any) -> tuple[str, dict]:
     count = len(contracted)
     if x[-count:] != "".join(contracted) or kernel[:count] != x[-count:] or output != x[:-count] + kernel[count:]:
         return "opaque", {"reason": f"the equation {layer.equation!r} is not a contraction of the last input axes"}
+    if set(layer.bias_axes or "") - set(kernel[count:]):
+        return "opaque", {"reason": f"the bias axes {layer.bias_axes!r} are not all output channels of the kernel"}
     return "dense", {"contracted": count}
 
 
@@ -86,6 +88,8 @@ def read_linear(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[st
     """A layer with a kernel; its activation becomes an op of its own."""
     kind, attrs = KINDS[type(layer).__name__](layer)
     reason = _why_opaque(layer, kind) or attrs.get("reason")
+    if kind == "embedding" and any(inputs[0] in op.outputs for op in r.ops):
+        reason = reason or NOT_IDS
     if reason:
         return r.unknown(layer, inputs, call, reason)
     split = hasattr(layer, "activation") and r.generation.known_function(layer.activation) != "linear"

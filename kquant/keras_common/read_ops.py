@@ -99,6 +99,8 @@ def _binary(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> 
                 if value.size == 1
                 else _refused(r, call, inputs, "a constant vector divided by a tensor has no integer form")
             )
+        if value.size > 1:
+            return _rewritten(r, call, inputs, lambda x: r.operations.multiply(x, np.float32(1.0) / value))
         kind, value = "mul", np.float32(1.0) / value
     if value.size > 1 and value.size == value.shape[-1] == call.shape[-1]:
         return _per_channel(r, call, inputs, kind, value.ravel().astype(np.float64), position)
@@ -301,7 +303,8 @@ def _split(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> l
 
 @reads("GetItem")
 def _get_item(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
-    key = args["key"] if isinstance(args["key"], tuple) else (args["key"],)
+    # A model that was saved and loaded has its tuples as lists; TensorFlow takes the one for the other.
+    key = tuple(args["key"]) if isinstance(args["key"], (tuple, list)) else (args["key"],)
     rank = len(r.shape(inputs[0]))
     if any(not (k is Ellipsis or k is None or isinstance(k, (int, slice, np.integer))) for k in key):
         return _refused(r, call, inputs, "indexing with arrays has no integer form")

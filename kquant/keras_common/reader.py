@@ -6,6 +6,7 @@ small functional models in plain Keras (`kquant.keras_common.composite`) and wal
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from kquant.core.errors import ModelError
 from kquant.core.graph import Graph, Op, Tensor, Weight
 from kquant.keras_common.generation import Call, Generation, Source
 from kquant.keras_common.mixed import check_layer, check_model
+
+NOT_IDS = "its ids must be an input of the model that is nothing else"
 
 
 @dataclass
@@ -148,6 +151,9 @@ class Reader:
 
         layer = call.layer
         check_layer(self.generation, layer)
+        if call.kwargs.get("training") is True and not _trains_by_default(layer):
+            reason = "it is called with training=True, and the artifact computes what the model does in inference"
+            return self.unknown(layer, inputs, call, reason)
         if isinstance(layer, self.generation.keras.Model):
             return self._nested(layer, inputs)
         named = self.generation.operation(call)
@@ -183,6 +189,12 @@ def _handlers(generation: Generation) -> dict[type, Callable]:
     return handlers_of(generation)
 
 
+def _trains_by_default(layer: Any) -> bool:
+    """Whether `training=True` is what a call means that says nothing, as with image preprocessing."""
+    training = inspect.signature(layer.call).parameters.get("training")
+    return training is not None and training.default is True
+
+
 def unchanged(values: Any, float_weights: bool = False) -> list[Any]:
     """What an identity op computes in inference; augmentation layers called alone would augment."""
     return [values[0]]
@@ -208,6 +220,7 @@ def read(generation: Generation, model: Any) -> Graph:
     check_model(generation, model, f"a built {generation.package}.Model ({generation.title})")
     reader = Reader(generation)
     form = generation.functional(model)
+    _check_dtypes(model)
     inputs = []
     for tensor in form.inputs:
         name = reader.unique(generation.maker(tensor)[0].name)
@@ -216,7 +229,8 @@ def read(generation: Generation, model: Any) -> Graph:
     outputs = reader.function(form, inputs)
     if not reader.ops:
         raise ModelError(f"model {model.name!r}", "a model with at least one layer", "an empty model")
-    _numbers_are_float(reader, inputs)
+    for name in inputs:
+        _settle_dtype(reader, name)
     names = tuple(dict.fromkeys(_output_names(generation, form)))
     return Graph(
         tuple(reader.ops),
@@ -229,12 +243,25 @@ def read(generation: Generation, model: Any) -> Graph:
     )
 
 
-def _numbers_are_float(reader: Reader, inputs: list[str]) -> None:
-    """An integer input that no embedding looks up holds numbers (pixels), which the artifact takes as real values."""
-    ids = {t for op in reader.ops if op.kind in ("embedding", "gather") for t in op.inputs}
-    for name in inputs:
-        if name not in ids and reader.tensors[name].dtype != "float32":
-            reader.tensors[name] = replace(reader.tensors[name], dtype="float32")
+def _check_dtypes(model: Any) -> None:
+    """Master weights and ranges are float32, whatever the layers compute in."""
+    for layer in model._flatten_layers(include_self=False):
+        if layer.weights and layer.variable_dtype != "float32":
+            fix = "Build the model under the policy float32, mixed_float16 or mixed_bfloat16 and set_weights() in it"
+            raise ModelError(f"layer {layer.name!r}", "variables of float32", layer.variable_dtype, fix)
+
+
+def _settle_dtype(reader: Reader, name: str) -> None:
+    """An input that embeddings look up holds ids, whatever its dtype in Keras; any other holds real numbers."""
+    readers = [(i, op) for i, op in enumerate(reader.ops) if name in op.inputs]
+    lookups = [(i, op) for i, op in readers if op.kind == "embedding"]
+    is_ids = bool(lookups) and len(lookups) == len(readers)
+    dtype = reader.tensors[name].dtype
+    wanted = dtype if is_ids and dtype in ("int32", "int64") else "int32" if is_ids else "float32"
+    reader.tensors[name] = replace(reader.tensors[name], dtype=wanted)
+    for i, op in [] if is_ids else lookups:
+        attrs = {"aliases": op.attrs["aliases"], "reason": f"{NOT_IDS}; give the model one for {name!r} as ids"}
+        reader.ops[i] = replace(op, kind="opaque", attrs=attrs, weights={})
 
 
 def _output_names(generation: Generation, form: Any) -> list[str]:

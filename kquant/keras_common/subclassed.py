@@ -16,7 +16,7 @@ def not_built(model: Any, received: str, fix: str) -> ModelError:
 
 def unbuilt_sequential(model: Any) -> ModelError:
     """The refusal of a Sequential without input shape."""
-    fix = "Add a keras.Input as first layer, or call the model on a batch once"
+    fix = "Add a keras.Input as first layer, or call build((None, ...)): a call on a batch would fix its size"
     return not_built(model, "a Sequential without input shape", fix)
 
 
@@ -37,7 +37,7 @@ def from_subclass(generation: Generation, model: Any, inputs: Sequence[tuple[tup
     symbolic = [generation.input((None, *shape[1:]), dtype) for shape, dtype in inputs]
     try:
         outputs = model.call(symbolic[0] if len(symbolic) == 1 else symbolic)
-        return generation.keras.Model(symbolic, outputs, name=model.name)
+        form = generation.keras.Model(symbolic, outputs, name=model.name)
     except Exception as error:
         raise ModelError(
             f"model {model.name!r}",
@@ -46,3 +46,18 @@ def from_subclass(generation: Generation, model: Any, inputs: Sequence[tuple[tup
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             "Write it with the functional API, or quantize the parts",
         ) from error
+    lost = unread_weight(generation, model, form)
+    if lost:
+        raise ModelError(f"model {model.name!r}", lost, fix="Use it in a layer, or in x * w, x + w or matmul(x, w)")
+    return form
+
+
+def unread_weight(generation: Generation, owner: Any, form: Any) -> str:
+    """Says which trainable weight of a layer or model its functional form lacks: it would no longer train.
+
+    What code of one's own does with a weight alone, before a symbolic tensor is involved, is not seen in the form.
+    """
+    calls = [v for call in generation.calls(form) for v in generation.tree.flatten((call.args, call.kwargs))]
+    seen = {id(v) for v in (*form.variables, *filter(generation.is_variable, calls))}
+    lost = [v.name for v in owner.trainable_variables if id(v) not in seen]
+    return f"its weight {lost[0]!r} meets the input only through values computed from it alone" if lost else ""

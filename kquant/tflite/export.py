@@ -83,6 +83,9 @@ def export_tflite(
         RangeError: a range that the kernels cannot hold.
     """
     start = time.perf_counter()
+    for name, value in (("allow_float", allow_float), ("weights_only", weights_only)):
+        if not isinstance(value, bool):
+            raise ExportError(name, "True or False", repr(value))
     if weights_only:
         model, allow_float = weights_only_form(quantized_graph(qmodel, inputs, outputs)), True
     else:

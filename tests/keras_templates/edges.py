@@ -1,0 +1,185 @@
+"""What a demanding user brings: unusual inputs, weights and calls. Each is exported as it was trained, or refused."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from keras_generation import keras, layers, ops, policy, set_policy
+
+import kquant
+from keras_templates.bad_input import DEFAULT, refused
+from kquant.core.errors import ArtifactError, CalibrationError, ConfigError, ExportError, ModelError, UnsupportedError
+
+RNG = np.random.default_rng(5)
+SHAPE = (6, 6, 4)
+X = RNG.normal(size=(32, *SHAPE)).astype(np.float32)
+IDS = RNG.integers(0, 20, (16, 6)).astype(np.int32)
+
+
+def exported(model: keras.Model, data: Any, path: pathlib.Path, config: Any = None) -> tuple[Any, Any]:
+    """The quantized model and its parity with the file that is written of it."""
+    qmodel = kquant.quantize_model(model, config, calibration_data=data)
+    kquant.export_tflite(qmodel, path)
+    assert kquant.audit(path).fully_integer
+    parity = kquant.verify(qmodel, path, data)
+    assert parity.ok, parity.problems
+    return qmodel, parity
+
+
+def test_slices_are_the_same_after_loading(tmp_path):
+    """A saved model holds the tuple of a slice as a list."""
+    x = keras.Input(SHAPE, name="x")
+    y = layers.Conv2D(4, 1, name="conv")(x)
+    model = keras.Model(x, [y[:, 1:], y[:, :, -1], y[:, ::2, 1:3]])
+    qmodel, _ = exported(model, X, tmp_path / "a.tflite")
+    qmodel.save(tmp_path / "q.keras")
+    kquant.export_tflite(keras.models.load_model(tmp_path / "q.keras"), tmp_path / "b.tflite")
+    assert (tmp_path / "a.tflite").read_bytes() == (tmp_path / "b.tflite").read_bytes()
+
+
+# -- ids --------------------------------------------------------------------------------------------------------------
+
+
+def lookup(dtype: str, before: Any = None, both: bool = False) -> keras.Model:
+    ids = keras.Input((6,), dtype=dtype, name="ids")
+    y = layers.Flatten()(layers.Embedding(20, 4, name="table")(ids if before is None else before(ids)))
+    y = layers.Concatenate()([y, ids]) if both else y
+    return keras.Model(ids, layers.Dense(3, name="head")(y))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float32", "uint8"])
+def test_ids_of_any_dtype_are_looked_up(dtype, tmp_path):
+    """Keras takes ids as float32 unless it is told otherwise; the file's input then holds int32."""
+    qmodel, _ = exported(lookup(dtype), IDS.astype(dtype), tmp_path / "m.tflite")
+    y = kquant.load_artifact(tmp_path / "m.tflite")(IDS.astype("int64" if dtype == "int64" else "int32"))
+    trained = qmodel.predict(IDS.astype(dtype), verbose=0)
+    # Both are 8-bit codes of one range: a code apart is a flip at a rounding boundary.
+    assert np.abs(y - trained).max() <= 1.01 * (trained.max() - trained.min()) / 100
+
+
+def test_ids_that_are_numbers_too_are_refused():
+    refused(UnsupportedError, ("'table'", "nothing else", "'ids'"), kquant.quantize_model, lookup("float32", both=True))
+    moved = lookup("int32", before=lambda ids: layers.Reshape((6,))(ids))
+    refused(UnsupportedError, ("'table'", "an input of the model"), kquant.quantize_model, moved)
+
+
+def test_ids_that_are_no_ids(tmp_path):
+    model = lookup("int32")
+    refused(CalibrationError, ("'ids'", "whole"), kquant.quantize_model, model, calibration_data=IDS + 0.5)
+    refused(CalibrationError, ("'table'", "must run"), kquant.quantize_model, model, calibration_data=IDS + 20)
+
+
+# -- constants and weights --------------------------------------------------------------------------------------------
+
+
+def test_array_constants_train_as_they_are_deployed(tmp_path):
+    """Their own rounding would be up to a code beyond the kernel's, so the trained model holds them rounded."""
+    x, grid = keras.Input(SHAPE, name="x"), RNG.normal(size=SHAPE).astype(np.float32)
+    y = layers.Conv2D(4, 1, name="conv")(x)
+    _, parity = exported(keras.Model(x, [y + grid, y - grid, y * grid, y / (2 + grid**2)]), X, tmp_path / "m.tflite")
+    assert parity.max_lsb <= 0.51  # the kernels' own distance: without it 0.7
+
+
+@keras.utils.register_keras_serializable(package="kquant-tests")
+class Softened(layers.Layer):
+    """A weight that meets the input as a value computed from it."""
+
+    def build(self, shape):
+        self.raw = self.add_weight(shape=(shape[-1],), initializer="ones", name="raw")
+        super().build(shape)
+
+    def call(self, x):
+        return x * ops.softplus(self.raw)
+
+
+def test_a_weight_that_would_no_longer_train_is_refused():
+    x = keras.Input(SHAPE)
+    model = keras.Model(x, layers.Conv2D(4, 1)(Softened(name="soft")(x)))
+    refused(UnsupportedError, ("'soft'", "raw", "alone"), kquant.quantize_model, model)
+
+
+def test_bias_over_kept_axes_is_refused():
+    x = keras.Input((5, 6))
+    y = layers.EinsumDense("abc,cd->abd", output_shape=(5, 4), bias_axes="bd", name="einsum")(x)
+    refused(UnsupportedError, ("'einsum'", "bias axes 'bd'"), kquant.quantize_model, keras.Model(x, y))
+
+
+# -- calls and policies -----------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_always_trains_is_refused():
+    x = keras.Input(SHAPE)
+    model = keras.Model(x, layers.Conv2D(2, 1)(layers.Dropout(0.5, name="always")(x, training=True)))
+    refused(UnsupportedError, ("'always'", "training=True"), kquant.quantize_model, model)
+
+
+@pytest.mark.parametrize("name", ["float16", "float64"])
+def test_variables_that_are_not_float32_are_refused(name):
+    before = policy()
+    set_policy(name)
+    try:
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="dense")])
+    finally:
+        set_policy(before)
+    refused(ModelError, ("'dense'", "float32", name, "mixed_float16"), kquant.quantize_model, model)
+
+
+# -- data and settings ------------------------------------------------------------------------------------------------
+
+
+def two_inputs() -> keras.Model:
+    a, b = keras.Input((4,), name="a"), keras.Input((6,), name="b")
+    return keras.Model({"a": a, "b": b}, layers.Dense(3, name="head")(layers.Concatenate()([a, b])))
+
+
+def test_batches_of_several_inputs_and_labels():
+    """(x, y) with as many parts as the model has inputs."""
+    model, a, b = two_inputs(), X[:, 0, 0], X.reshape(32, -1)[:, :6]
+    for batch in (({"a": a, "b": b}, np.zeros(32)), ((a, b), np.zeros(32)), {"a": a, "b": b}, [a, b]):
+        qmodel = kquant.quantize_model(model, calibration_data=[batch])
+        high = {layer.name: np.max(layer.maximum) for layer in qmodel.layers if layer.name.endswith("_quantizer")}
+        assert high["concatenate_quantizer" if "concatenate_quantizer" in high else "a_quantizer"] > 0
+    uneven = {"a": a, "b": b[:5]}
+    refused(CalibrationError, ("same number", "5"), kquant.quantize_model, model, calibration_data=uneven)
+
+
+@pytest.mark.parametrize("data", [X.astype("complex64"), X.astype(str), X.astype(object), [[None]]])
+def test_data_that_are_no_real_numbers(data):
+    x = keras.Input(SHAPE, name="x")
+    model = keras.Model(x, layers.Conv2D(2, 1)(x))
+    refused(CalibrationError, ("numbers", "Received"), kquant.quantize_model, model, calibration_data=data)
+
+
+def test_samples_run_at_the_fixed_batch_of_the_model(tmp_path):
+    x = keras.Input(batch_shape=(5, *SHAPE), name="x")
+    exported(keras.Model(x, layers.Conv2D(2, 1)(x)), X[:30], tmp_path / "five.tflite")
+    big = keras.Input(batch_shape=(48, 4), name="x")
+    exported(keras.Model(big, layers.Dense(2)(big)), RNG.normal(size=(96, 4)), tmp_path / "many.tflite")
+
+
+def test_an_input_that_is_read_in_integers_cannot_stay_float():
+    x = keras.Input(SHAPE, name="x")
+    model = keras.Model(x, layers.Conv2D(2, 1, name="conv")(x))
+    for entry in ({"exclude": True}, {"q_bits": 32}):
+        config = [DEFAULT, {"op_names": ["x"], **entry}]
+        refused(ConfigError, ("config_list[1]", "'x'", "'conv'"), kquant.quantize_model, model, config)
+
+
+def test_arguments_of_export(tmp_path):
+    x = keras.Input(SHAPE, name="x")
+    qmodel = kquant.quantize_model(keras.Model(x, layers.Conv2D(2, 1)(x)), calibration_data=X)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (None, 5, ["m.tflite"], "a\0b", pipe):
+        refused(ExportError, ("path",), kquant.export_tflite, qmodel, path)
+        if path is not pipe and path != "a\0b":
+            refused(ArtifactError, ("path",), kquant.audit, path)
+    for name in ("allow_float", "weights_only"):
+        refused(ExportError, (name, "'no'"), kquant.export_tflite, qmodel, tmp_path / "m.tflite", **{name: "no"})
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+    kquant.export_tflite(qmodel, os.fsencode(tmp_path / "bytes.tflite"))
+    assert kquant.audit(tmp_path / "bytes.tflite").fully_integer
