@@ -43,6 +43,12 @@ class FakeQuantize(FakeQuantizeBase, tf_keras.layers.Layer):
         return input_shape
 
 
+def _plain_property(name: str) -> property:
+    """A property as a plain Keras wrapper has it."""
+    own = getattr(tf_keras.layers.Wrapper, name)
+    return property(own.fget, own.fset, doc=f"`{name}` of the layer and of this wrapper.")
+
+
 @register
 class QuantizedLayer(QuantizedBase, QuantizeWrapperV2):
     """tfmot's wrapper of a layer whose kernel is quantized each time it is used, as its `quantize_config` says.
@@ -61,11 +67,11 @@ class QuantizedLayer(QuantizedBase, QuantizeWrapperV2):
     call = plain(QuantizedBase.call)
 
     # Plain Keras wrappers get these right; tfmot's ignores `trainable`.
-    trainable = tf_keras.layers.Wrapper.trainable
-    trainable_weights = tf_keras.layers.Wrapper.trainable_weights
-    non_trainable_weights = tf_keras.layers.Wrapper.non_trainable_weights
-    losses = tf_keras.layers.Wrapper.losses
-    updates = tf_keras.layers.Wrapper.updates
+    trainable = _plain_property("trainable")
+    trainable_weights = _plain_property("trainable_weights")
+    non_trainable_weights = _plain_property("non_trainable_weights")
+    losses = _plain_property("losses")
+    updates = _plain_property("updates")
 
     def __init__(self, layer: Any, quantize_config: Any, **kwargs: Any):
         super().__init__(layer, quantize_config, autocast=False, **kwargs)

@@ -18,6 +18,7 @@ from kquant.keras_common.generation import Call
 
 # What composite layers are written in.
 OPS = SimpleNamespace(
+    add=tf.add,
     concatenate=tf.concat,
     einsum=tf.einsum,
     expand_dims=tf.expand_dims,
@@ -68,6 +69,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "cast": ("Cast", {}),
     "clip_by_value": ("Clip", {"clip_value_min": "x_min", "clip_value_max": "x_max"}),
     "concat": ("Concatenate", {"values": "xs"}),
+    "convert_to_tensor": ("Identity", {}),
     "einsum": ("Einsum", {"equation": "subscripts"}),
     "expand_dims": ("ExpandDims", {}),
     "gather": ("Take", {"params": "x"}),
@@ -76,6 +78,7 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "linalg.matmul": ("Matmul", {"a": "x1", "b": "x2"}),
     "math.abs": ("Abs", {}),
     "math.add": ("Add", BINARY),
+    "math.add_n": ("AddN", {}),
     "math.divide": ("Divide", BINARY),
     "math.exp": ("Exp", {}),
     "math.maximum": ("Maximum", BINARY),
@@ -92,12 +95,14 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "math.subtract": ("Subtract", BINARY),
     "math.tanh": ("Tanh", {}),
     "math.truediv": ("Divide", BINARY),
+    "nn.bias_add": ("Add", {"value": "x1", "bias": "x2"}),
     "nn.gelu": ("Gelu", {}),
     "nn.relu": ("Relu", {}),
     "nn.relu6": ("Relu6", {}),
     "nn.softmax": ("Softmax", {}),
     "pad": ("Pad", {"paddings": "pad_width"}),
     "reshape": ("Reshape", {}),
+    "shape": ("Shape", {}),
     "split": ("Split", {}),
     "squeeze": ("Squeeze", {}),
     "stack": ("Stack", {}),

@@ -5,6 +5,8 @@ tf_keras has TensorFlow's functions instead; `kquant.keras2.symbols` gives each 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -142,9 +144,22 @@ def _with_variable(r: Reader, call: Call, inputs: list[str], kind: str, pair: li
     return _rewritten(r, call, inputs, function)
 
 
+@reads("AddN")
+def _add_n(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+    return _rewritten(r, call, inputs, lambda *xs: functools.reduce(r.operations.add, xs))
+
+
 @reads("Matmul")
 def _matmul(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
     a, b = args["x1"], args["x2"]
+    turned = [bool(args.get(f"transpose_{side}")) for side in "ab"]
+    if any(turned) and len(inputs) == 2:
+
+        def turn(x: Any, wanted: bool) -> Any:
+            order = list(range(len(x.shape)))
+            return r.operations.transpose(x, [*order[:-2], order[-1], order[-2]]) if wanted else x
+
+        return _rewritten(r, call, inputs, lambda *xs: r.operations.matmul(*map(turn, xs, turned)))
     if r.generation.is_variable(b) and len(b.shape) == 2:
 
         def function(x: Any) -> Any:
@@ -254,7 +269,30 @@ def _reduce(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> 
 
 @reads("Reshape", "Squeeze", "ExpandDims", "Ravel", "Flatten")
 def _reshape(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
-    return _add(r, call, inputs, "reshape")
+    if len(inputs) == 1:
+        return _add(r, call, inputs, "reshape")
+    sizes = [-1 if n is None else n for n in call.shape]  # some were given as sizes of a tensor
+    if sizes.count(-1) > 1:
+        return _refused(r, call, inputs, "a reshape to more than one unknown size has no counterpart in the artifact")
+    only = dataclasses.replace(call, inputs=call.inputs[:1])
+    return _rewritten(r, only, inputs[:1], lambda x: r.operations.reshape(x, sizes))
+
+
+@reads("Shape")
+def _shape(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+    """The shape of a tensor, which only reshapes read: it is no tensor of the artifact."""
+    return [r.aside(f"{inputs[0]}/shape", call)]
+
+
+@reads("Resize")
+def _resize(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+    kinds = {"nearest": "resize_nearest", "bilinear": "resize_bilinear"}
+    extra = ("antialias", "crop_to_aspect_ratio", "pad_to_aspect_ratio", "preserve_aspect_ratio")
+    if args["interpolation"] not in kinds or any(args.get(k) for k in extra) or len(call.shape) != 4:
+        return _refused(
+            r, call, inputs, "resizing by other than nearest or bilinear, or with aspect ratio or antialias"
+        )
+    return _add(r, call, inputs, kinds[args["interpolation"]], {"rank": 2})
 
 
 @reads("Transpose", "Swapaxes", "Moveaxis")
@@ -303,6 +341,8 @@ def _split(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> l
 
 @reads("GetItem")
 def _get_item(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+    if inputs[0] in r.asides:
+        return [r.aside(f"{inputs[0]}/part", call)]
     # A model that was saved and loaded has its tuples as lists; TensorFlow takes the one for the other.
     key = tuple(args["key"]) if isinstance(args["key"], (tuple, list)) else (args["key"],)
     rank = len(r.shape(inputs[0]))

@@ -39,6 +39,7 @@ class Reader:
         self.layers, self.operations, self.own = generation.layers, generation.ops, generation.own
         self.ops: list[Op] = []
         self.tensors: dict[str, Tensor] = {}
+        self.asides: set[str] = set()
         self.scope = _Scope()
         self._ids: Counter[str] = Counter()
         self._expanded: dict[Any, Any] = {}
@@ -90,6 +91,13 @@ class Reader:
         """A constant tensor; returns its id."""
         tensor = self.unique(f"{near}/constant")
         self.tensors[tensor] = Tensor(tensor, tuple(value.shape), str(value.dtype), value)
+        return tensor
+
+    def aside(self, name: str, call: Call) -> str:
+        """A value that is no tensor of the graph (the shape of one), which a later handler looks through."""
+        tensor = self.unique(name)
+        self.tensors[tensor] = Tensor(tensor, call.shape, "int32")
+        self.asides.add(tensor)
         return tensor
 
     def unique(self, name: str) -> str:
