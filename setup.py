@@ -30,7 +30,7 @@ LINT = ["ruff>=0.17,<0.18", "mypy>=2.4,<2.5"]
 setup(
     name="kquant",
     version=version(),
-    description="Quantization-aware training for Keras, TensorFlow 1 and PyTorch that ends in a checked integer artifact",
+    description="Quantization-aware training for Keras and PyTorch that ends in a checked integer artifact",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
