@@ -20,6 +20,7 @@ from kquant_torch.controls import (
     unfreeze_observers,
 )
 from kquant_torch.export import export_torchscript
+from kquant_torch.onnx_export import export_onnx
 from kquant_torch.run import load_artifact
 from kquant_torch.verify import verify
 
@@ -37,6 +38,7 @@ __all__ = [
     "UnsupportedError",
     "audit",
     "calibrate",
+    "export_onnx",
     "export_torchscript",
     "freeze_batch_norm",
     "freeze_observers",

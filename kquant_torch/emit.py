@@ -100,7 +100,7 @@ class Emitter:
     def array(self, wanted: str, values: np.ndarray) -> str:
         """An array of the file; returns how a statement reads it."""
         name = self.fresh(wanted)
-        self.arrays[name] = np.ascontiguousarray(values)
+        self.arrays[name] = np.asarray(values, order="C")
         return f"self.{name}"
 
     def zero(self) -> str:

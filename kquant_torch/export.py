@@ -16,6 +16,7 @@ from kquant.core.integer import IntegerModel
 from kquant.core.lower import lower
 from kquant.core.ready import check_integer, check_ranges, check_started
 from kquant.core.reports import ExportReport
+from kquant.core.target import Target
 from kquant_torch import emit_add, emit_linear, emit_shapes  # noqa: F401  entering their writing functions
 from kquant_torch.archive import encode
 from kquant_torch.audit import audit_bytes
@@ -43,11 +44,11 @@ def quantized_graph(qmodel: Any) -> Graph:
     return graph
 
 
-def integer_model(graph: Graph) -> IntegerModel:
-    """The integer model of a trained quantized graph, for torch's kernels."""
+def integer_model(graph: Graph, target: Target = ONEDNN) -> IntegerModel:
+    """The integer model of a trained quantized graph, for torch's kernels or another target."""
     check_started(graph)
     check_ranges(graph)
-    return lower(graph, ONEDNN)
+    return lower(graph, target)
 
 
 def is_portable(model: IntegerModel) -> bool:

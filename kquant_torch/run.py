@@ -136,10 +136,10 @@ def run_all(data: bytes, inputs: list[np.ndarray], where: str = "artifact") -> d
     names = [*program.inputs, *(s.name for s in program.statements)]
     described = facts(archive, where)["tensors"]
     found = {described[n]["id"]: v.numpy() for n, v in zip(names, values, strict=True) if n in described}
-    return {i: _signed(v) for i, v in found.items()}
+    return {i: as_codes(v) for i, v in found.items()}
 
 
-def _signed(value: np.ndarray) -> np.ndarray:
+def as_codes(value: np.ndarray) -> np.ndarray:
     """uint8 codes as those of the integer model."""
     return (value.astype(np.int16) - SHIFT_OF_CODES).astype(np.int8) if value.dtype == np.uint8 else value
 

@@ -1,4 +1,4 @@
-"""`verify` for TorchScript artifacts: every op as in `kquant.core.verification`, and every parameter in the file."""
+"""`verify` for torch models: every op as in `kquant.core.verification`, and every parameter in the file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from kquant.core.calibration import batches
 from kquant.core.files import read_bytes
+from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
 from kquant.core.parity import MEAN_ERROR_LIMIT, ParityReport
@@ -19,6 +20,8 @@ from kquant_torch.export import integer_model, quantized_graph
 from kquant_torch.program import Program, array_of, calls, dotted, parse
 from kquant_torch.run import facts, run_all
 from kquant_torch.target import ONEDNN
+
+ZIP = b"PK\x03\x04"
 
 
 def verify(qmodel: Any, path: str | os.PathLike, data: Any) -> ParityReport:
@@ -36,14 +39,27 @@ def verify(qmodel: Any, path: str | os.PathLike, data: Any) -> ParityReport:
         ArtifactError: not a file of ours, or one that lacks a tensor of this model.
         CalibrationError: data that does not fit the model.
     """
-    graph = quantized_graph(qmodel)
-    return verify_graph(graph, integer_model(graph), read_bytes(path), os.fspath(path), data)
+    graph, content, where = quantized_graph(qmodel), read_bytes(path), f"artifact {os.fspath(path)!r}"
+    if content[:4] == ZIP:
+        return _verify_torchscript(graph, content, where, os.fspath(path), data)
+    return _verify_onnx(graph, content, where, os.fspath(path), data)
 
 
-def verify_graph(graph: Any, model: IntegerModel, content: bytes, path: str, data: Any) -> ParityReport:
-    """`verify` for a quantized graph and its integer model."""
-    where = f"artifact {path!r}"
-    archive = decode(content, where)
+def _verify_onnx(graph: Graph, content: bytes, where: str, path: str, data: Any) -> ParityReport:
+    from kquant_torch.onnx_export import ONNX, OnnxFile
+
+    model = integer_model(graph, ONNX)
+    file = OnnxFile(content, where, model)
+    check_same(model, file.names, where)
+    problems, checked = file.compare()
+    run = Verification(graph, model, ONNX, file)
+    for feeds in batches(data, graph):
+        run.batch(feeds)
+    return run.report(path, problems, checked)
+
+
+def _verify_torchscript(graph: Graph, content: bytes, where: str, path: str, data: Any) -> ParityReport:
+    model, archive = integer_model(graph), decode(content, where)
     program, described = parse(archive, where), facts(archive, where)["tensors"]
     variables = {d["id"]: name for name, d in described.items()}
     check_same(model, set(variables), where)
