@@ -22,6 +22,7 @@ TENSORFLOW = [
     "tensorflow-model-optimization>=0.8.1,<0.9",
 ]
 TORCH = ["torch>=2.13,<2.14"]
+ONNX = ["onnx>=1.23,<1.24", "onnxruntime>=1.32,<1.33"]
 DEMO = ["scikit-learn>=1.9,<2", "matplotlib>=3.11,<4", "tqdm>=4.70,<5"]
 TEST = ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.170,<7"]
 # A new ruff formats differently and a new mypy finds more, so these two are held to the minor version.
@@ -43,6 +44,7 @@ setup(
     extras_require={
         "tensorflow": TENSORFLOW,
         "torch": TORCH,
+        "onnx": ONNX,
         "all": TENSORFLOW + TORCH,
         "demo": DEMO,
         "test": TEST,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 import time
@@ -13,7 +14,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-NAMES = ("speed", "artifact", "accuracy", "fashion", "keras2", "tf1")
+# By the framework that they need; without names, those of the frameworks that are installed run.
+BY_FRAMEWORK = {
+    "tensorflow": ("speed", "artifact", "accuracy", "fashion", "keras2", "tf1"),
+    "torch": ("torch_artifact",),
+}
+NAMES = tuple(name for names in BY_FRAMEWORK.values() for name in names)
 
 
 def arguments() -> argparse.Namespace:
@@ -37,7 +43,8 @@ def main() -> int:
     from benchmarks.table import show
 
     rows = []
-    for name in args.names or NAMES:
+    installed = [n for framework, names in BY_FRAMEWORK.items() if importlib.util.find_spec(framework) for n in names]
+    for name in args.names or installed:
         module = importlib.import_module(f"benchmarks.{name}")
         print(f"\n{name}: {module.__doc__.splitlines()[0]}", flush=True)
         start = time.perf_counter()

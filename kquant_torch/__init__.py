@@ -21,6 +21,7 @@ from kquant_torch.controls import (
 )
 from kquant_torch.export import export_torchscript
 from kquant_torch.onnx_export import export_onnx
+from kquant_torch.program_export import export_program
 from kquant_torch.run import load_artifact
 from kquant_torch.verify import verify
 
@@ -39,6 +40,7 @@ __all__ = [
     "audit",
     "calibrate",
     "export_onnx",
+    "export_program",
     "export_torchscript",
     "freeze_batch_norm",
     "freeze_observers",

@@ -13,15 +13,18 @@ from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
 from kquant.core.parity import MEAN_ERROR_LIMIT, ParityReport
+from kquant.core.target import Target
 from kquant.core.verification import Verification, check_same
 from kquant_torch.archive import Archive, decode
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import integer_model, quantized_graph
+from kquant_torch.onnx_emit import ONNX
 from kquant_torch.program import Program, array_of, calls, dotted, parse
 from kquant_torch.run import facts, run_all
 from kquant_torch.target import ONEDNN
 
 ZIP = b"PK\x03\x04"
+PROGRAM = b"/archive_format"  # a record that every file of torch.export has
 
 
 def verify(qmodel: Any, path: str | os.PathLike, data: Any) -> ParityReport:
@@ -40,19 +43,26 @@ def verify(qmodel: Any, path: str | os.PathLike, data: Any) -> ParityReport:
         CalibrationError: data that does not fit the model.
     """
     graph, content, where = quantized_graph(qmodel), read_bytes(path), f"artifact {os.fspath(path)!r}"
-    if content[:4] == ZIP:
-        return _verify_torchscript(graph, content, where, os.fspath(path), data)
-    return _verify_onnx(graph, content, where, os.fspath(path), data)
+    if content[:4] != ZIP:
+        from kquant_torch.onnx_export import OnnxFile
+
+        return _verify_whole(graph, content, where, os.fspath(path), data, ONNX, OnnxFile)
+    if PROGRAM in content:
+        from kquant_torch.program_export import ProgramFile
+
+        return _verify_whole(graph, content, where, os.fspath(path), data, ONEDNN, ProgramFile)
+    return _verify_torchscript(graph, content, where, os.fspath(path), data)
 
 
-def _verify_onnx(graph: Graph, content: bytes, where: str, path: str, data: Any) -> ParityReport:
-    from kquant_torch.onnx_export import ONNX, OnnxFile
-
-    model = integer_model(graph, ONNX)
-    file = OnnxFile(content, where, model)
+def _verify_whole(
+    graph: Graph, content: bytes, where: str, path: str, data: Any, target: Target, kind: Any
+) -> ParityReport:
+    """`verify` of a file whose class knows its names, parameters and how it runs."""
+    model = integer_model(graph, target)
+    file = kind(content, where, model)
     check_same(model, file.names, where)
     problems, checked = file.compare()
-    run = Verification(graph, model, ONNX, file)
+    run = Verification(graph, model, target, file)
     for feeds in batches(data, graph):
         run.batch(feeds)
     return run.report(path, problems, checked)
