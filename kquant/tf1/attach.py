@@ -64,23 +64,22 @@ class Rewriter:
     def __init__(self, plan: Plan, model: GraphModel):
         self.plan, self.model, self.graph = plan, model, model.graph
         self.read, source = read_with_source(model)
-        self.matcher = source.matcher
+        self.matcher, self.needed = source.matcher, source.needed
         self.state = State(self.graph)
         self.ranges: dict[str, Range] = {}
         self.current: dict[str, Any] = {}  # what the integer readers of a tensor see
         self.activations = self.kernels = 0
 
     def check_trains(self) -> None:
-        """Refuse to make a training graph of one in which no kernel is trained.
+        """Refuse to make a training graph of one in which nothing is trained.
 
         Raises:
-            ModelError: no quantized kernel depends on a trainable variable.
+            ModelError: the outputs depend on no trainable variable.
         """
         trained = {v.op.name for v in self.graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES)}
-        kernels = [op.source.kernel.tensor for op in self.read.ops if op.id in self.plan.weights]
-        if not any(trained & self.matcher.variables(k) for k in kernels):
+        if not trained & self.needed:
             fix = "Pass training=False: then it can be calibrated and exported"
-            raise ModelError("graph", "a graph with at least one trainable weight that is quantized", "none", fix)
+            raise ModelError("graph", "a graph with at least one trainable weight", "none", fix)
 
     def run(self) -> None:
         """Insert everything."""

@@ -32,9 +32,16 @@ _MASKING = ("GreaterEqual", "Greater", "Less", "LessEqual", "Cast", "Floor", "Ad
 
 @matches(*UNARY)
 def unary(m: Matcher, op: Any, index: int) -> Found:
-    """An elementwise function of one tensor."""
-    attrs = {"fn": UNARY[op.type]}
-    return Found("elementwise", (op.inputs[0],), op.outputs[0], op, attrs)
+    """An elementwise function of one tensor, with the arithmetic before it: `rsqrt(variance + epsilon)` is one."""
+    source, reader, names = op.inputs[0], op, []
+    while source.op.type in _BINARY and _height(m, source) and m.is_read_once(source, reader):
+        data = [t for t in source.op.inputs if not m.is_parameter(t)]
+        if len(data) != 1 or data[0].shape.as_list() != source.shape.as_list():
+            break
+        names.append(source.op.name)
+        source, reader = data[0], source.op
+    fn = UNARY[op.type] if not names else f"{op.name} of several ops"
+    return Found("elementwise", (source,), op.outputs[0], op, {"fn": fn}, aliases=tuple(names))
 
 
 @matches(*NAMED)
@@ -71,33 +78,35 @@ def region(m: Matcher, op: Any) -> Found | None:
     numbers, and nothing else may read what lies between.
     """
     tensors = {t.name: t for t in op.inputs if not m.is_parameter(t)}
-    steps = 0
+    inner: list[Any] = []
     if not all(m.is_parameter(t) is False or _is_number(m, t) for t in op.inputs):
         return None
-    while len(tensors) > 1 and steps < LONGEST:
+    while len(tensors) > 1 and len(inner) < LONGEST:
         name = max(tensors, key=lambda n: _height(m, tensors[n]))
         tensor = tensors.pop(name)
-        if not _height(m, tensor) or not _inside(m, tensor, tensors, op):
+        if not _height(m, tensor) or not _can_vanish(m, tensor, op):
             return None
-        steps += 1
+        inner.append(tensor)
         sources = [tensor.op.inputs[0]] if tensor.op.type == "IdentityN" else list(tensor.op.inputs)
         tensors.update({t.name: t for t in sources if not m.is_parameter(t)})
-    if len(tensors) != 1 or not steps:
+    own = {op.name, *(t.op.name for t in inner)}
+    if len(tensors) != 1 or not inner or any(not _is_read_in(m, t, own) for t in inner):
         return None
     (root,) = tensors.values()
     same = root.shape.as_list() == op.outputs[0].shape.as_list()
     return Found("elementwise", (root,), op.outputs[0], op, {"fn": f"{op.name} of several ops"}) if same else None
 
 
-def _inside(m: Matcher, tensor: Any, others: dict[str, Any], last: Any) -> bool:
-    """Whether a tensor may disappear inside a function: numbers beside it, the same shape, no reader outside."""
-    op = tensor.op
-    if any(m.is_parameter(t) and not _is_number(m, t) for t in op.inputs):
+def _can_vanish(m: Matcher, tensor: Any, last: Any) -> bool:
+    """Whether a tensor may disappear inside a function: single numbers beside it, and its shape that of the result."""
+    if any(m.is_parameter(t) and not _is_number(m, t) for t in tensor.op.inputs):
         return False
-    if tensor.shape.as_list() != last.outputs[0].shape.as_list():
-        return False
-    readers = [o for o in tensor.consumers() if m.readers(o) and o is not last]
-    return all(o.type in _INSIDE for o in readers)
+    return bool(tensor.shape.as_list() == last.outputs[0].shape.as_list())
+
+
+def _is_read_in(m: Matcher, tensor: Any, ops: set[str]) -> bool:
+    """Whether nothing but some ops reads a tensor."""
+    return all(op.name in ops for op in tensor.consumers() if m.readers(op))
 
 
 def _height(m: Matcher, tensor: Any, limit: int = LONGEST) -> int:

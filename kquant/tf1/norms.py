@@ -136,7 +136,11 @@ def _switched(op: Any, averages: list[Any], is_frozen: Any) -> list[Any]:
     def moving() -> tuple[Any, ...]:
         return (kernel(*averages, is_training=False)[0], *averages)
 
+    # With all its intermediates from the start, the op is not changed any more when gradients are built; a session that
+    # runs in between would keep it as it was.
+    tf.compat.v1.experimental.output_all_intermediates(True)
     y, mean, variance = tf.cond(is_frozen, moving, lambda: kernel(is_training=True))
+    tf.compat.v1.experimental.output_all_intermediates(None)
     return [_replace(trained, y, marks.BATCH_NORM, []), mean, variance]
 
 

@@ -60,8 +60,8 @@ class Reader:
         self.behind = marks.standing_for(model.graph)
         self.finished = _finished(model.graph, self.behind)
         self.inputs = {t.name for t in model.inputs}
-        needed = _needed([self._final(t) for t in model.outputs], self.inputs)
-        self.matcher = matcher_of(model, model.inputs, lambda op: op.name in needed)
+        self.needed = _needed([self._final(t) for t in model.outputs], self.inputs)
+        self.matcher = matcher_of(model, model.inputs, lambda op: op.name in self.needed)
         self.ops: list[Op] = []
         self.found: dict[str, Found] = {}
         self.tensors: dict[str, Tensor] = {}

@@ -106,14 +106,12 @@ def _convolve(x: Any, kernel: Any, args: Any) -> Any:
 
 def _depth(x: Any, kernel: Any, args: Any) -> Any:
     if len(args["kernel"]) == 2:
-        strides, dilation = [1, *args["strides"], 1], [1, *args["dilation"], 1]
-        return tf.raw_ops.DepthwiseConv2dNative(
-            input=x, filter=kernel, strides=strides, padding=args["padding"].upper(), dilations=dilation
-        )
+        strides = [1, *args["strides"], 1]
+        return tf.nn.depthwise_conv2d(x, kernel, strides, args["padding"].upper(), dilations=list(args["dilation"]))
     (stride,), (dilation,) = args["strides"], args["dilation"]
-    y = tf.raw_ops.DepthwiseConv2dNative(
-        input=tf.expand_dims(x, 1), filter=tf.expand_dims(kernel, 0), strides=[1, stride, stride, 1],
-        padding=args["padding"].upper(), dilations=[1, 1, dilation, 1],
+    y = tf.nn.depthwise_conv2d(
+        tf.expand_dims(x, 1), tf.expand_dims(kernel, 0), [1, stride, stride, 1], args["padding"].upper(),
+        dilations=[1, dilation],
     )  # fmt: skip
     return tf.squeeze(y, [1])
 

@@ -181,3 +181,19 @@ def test_the_given_session_goes_on_with_the_rewritten_graph():
     after = session.run(net.logits, {net.x: X})
     distance = np.abs(after - before).max() / np.ptp(before)
     assert 0.005 < distance < 0.5  # four bits show, and the weights are still the same
+
+
+def test_training_goes_on_in_the_given_session():
+    """Gradients are built after the session has run the rewritten graph."""
+    net = small()
+    session = net.session()
+    kquant.QAT_Quantizer()(net.graph, X, session=session)
+    with net.graph.as_default():
+        known = set(v1.global_variables())
+        train = net.train_op()
+        session.run(v1.variables_initializer([v for v in v1.global_variables() if v not in known]))
+    losses = [session.run([train, net.loss], net.feeds())[1] for _ in range(8)]
+    assert losses[-1] < losses[0]
+    kernel = net.graph.get_tensor_by_name("kquant/second/conv/kernel/quantized:0")
+    assert net.graph.get_operation_by_name("second/conv").inputs[1] is kernel
+    assert value(session, "kquant/x/seen") == 1
