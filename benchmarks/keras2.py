@@ -189,11 +189,11 @@ def size() -> Iterator[Row]:
 def train_step(model: tf_keras.Model, x: np.ndarray, y: np.ndarray) -> Callable[[], object]:
     """The step that `fit` runs, compiled, on one batch; returns when the step is done."""
     model.compile("adam", tf_keras.losses.SparseCategoricalCrossentropy())
-    batch = (tf.constant(x), tf.constant(y))
+    batches = iter(tf.data.Dataset.from_tensors((tf.constant(x), tf.constant(y))).repeat())
     model.make_train_function()
 
     def step() -> object:
-        return float(model.train_function(iter([batch]))["loss"])
+        return float(model.train_function(batches)["loss"])
 
     for _ in range(5):
         step()
