@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import tensorflow as tf
 import tf_keras
 
-from kquant.keras_common.norms import ChannelAffineBase, Freezable, ReciprocalRootBase, ScaledSoftmaxBase
+from kquant.keras_common.norms import ChannelAffineBase, Freezable, ReciprocalRootBase, ScaledSoftmaxBase, in_xla
 
 register = tf_keras.saving.register_keras_serializable(package="kquant")
 WITHOUT_AUTOCAST = {"experimental_autocast": False}
@@ -23,6 +23,7 @@ class BatchNormalization(Freezable, tf_keras.layers.BatchNormalization):
     """
 
     without_autocast: ClassVar = WITHOUT_AUTOCAST
+    unbiased = True
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
@@ -32,6 +33,8 @@ class BatchNormalization(Freezable, tf_keras.layers.BatchNormalization):
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
         if not training or not self.trainable:
             return super().call(inputs, training=False, mask=mask)
+        if self.fused and list(self.axis) == [3] and mask is None and not in_xla():
+            return tf.cast(self.in_one_kernel(tf.cast(inputs, tf.float32)), self.compute_dtype)
         return super().call(inputs, training=tf.equal(tf.convert_to_tensor(self.frozen), 0.0), mask=mask)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 from kquant.keras_common.layers import Stateful
 
@@ -18,8 +19,52 @@ def norm_affine(layer: Any, mean: Any, variance: Any) -> tuple[np.ndarray, np.nd
     return scale, beta - np.asarray(mean, np.float64) * scale
 
 
+def in_xla() -> bool:
+    """Whether a function is being traced for XLA."""
+    return bool(control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
+
+
 class Freezable(Stateful):
-    """A batch norm whose statistics stand still while its variable `frozen` is 1."""
+    """A batch norm whose statistics stand still while its variable `frozen` is 1.
+
+    `unbiased` says whether the moving variance is fed the unbiased variance of a batch, as this generation's own layer
+    does where it uses TensorFlow's single kernel.
+    """
+
+    unbiased: ClassVar[bool]
+
+    def parameters(self, size: int) -> tuple[Any, Any]:
+        """Scale and offset as float32 tensors."""
+        gamma = tf.cast(tf.convert_to_tensor(self.gamma), tf.float32) if self.scale else tf.ones((size,))
+        beta = tf.cast(tf.convert_to_tensor(self.beta), tf.float32) if self.center else tf.zeros((size,))
+        return gamma, beta
+
+    def in_one_kernel(self, x: Any) -> Any:
+        """A training step of rank 4, channels last, in TensorFlow's single kernel; XLA fuses the single ops better."""
+        gamma, beta = self.parameters(x.shape[-1])
+        statistics = [tf.convert_to_tensor(v) for v in (self.moving_mean, self.moving_variance)]
+
+        def kernel(is_training: bool, *given: Any) -> Any:
+            arguments = dict(zip(("mean", "variance"), given, strict=True)) if given else {}
+            return tf.compat.v1.nn.fused_batch_norm(
+                x, gamma, beta, epsilon=self.epsilon, is_training=is_training, **arguments
+            )
+
+        def frozen() -> tuple:
+            return kernel(False, *statistics)[0], *statistics
+
+        def moving() -> tuple:
+            y, mean, variance = kernel(True)
+            if not self.unbiased:  # the kernel's variance is
+                count = tf.cast(tf.size(x), tf.float32) / x.shape[-1]
+                variance = variance * ((count - 1.0) / count)
+            keep = self.momentum
+            return y, *(o * keep + n * (1.0 - keep) for o, n in zip(statistics, (mean, variance), strict=True))
+
+        y, mean, variance = tf.cond(tf.convert_to_tensor(self.frozen) > 0, frozen, moving)
+        self.moving_mean.assign(mean)
+        self.moving_variance.assign(variance)
+        return y
 
     def set_frozen(self, value: float) -> None:
         """Let the statistics stand still (1) or move with the training batches (0)."""
