@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import tensorflow as tf
@@ -92,6 +94,17 @@ class Keras2(Generation):
     def is_variable(self, value: Any) -> bool:
         """Whether a value is a variable."""
         return isinstance(value, tf.Variable)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Without the warning that a weight of a copied layer is no weight of the function that reads it."""
+        logger = tf.get_logger()
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
     def known_function(self, function: Any) -> str | None:
         """The name in `keras.activations` of a function of tf_keras or of TensorFlow."""

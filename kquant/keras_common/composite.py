@@ -37,7 +37,8 @@ def expand(g: Generation, call: Call) -> Any:
     is_keras = getattr(g.layers, type(layer).__name__, None) is type(layer)
     expander = EXPAND.get(type(layer).__name__, _symbolic) if is_keras else _symbolic
     try:
-        outputs = expander(g, layer, inputs, call)
+        with g.quiet():
+            outputs = expander(g, layer, inputs, call)
     except Exception as error:  # whatever a user's layer raises on symbolic inputs is the reason
         first = str(error).strip().splitlines()
         return f"it cannot be read op by op ({type(error).__name__}: {first[0] if first else ''})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -170,6 +171,11 @@ class Generation(abc.ABC):
     @abc.abstractmethod
     def known_function(self, function: Any) -> str | None:
         """The name in `keras.activations` of a function, or None for any other callable."""
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """While copies of a user's layers are called on symbolic tensors, which is nothing to warn the user about."""
+        yield
 
     def input(self, shape: tuple, dtype: str, name: str | None = None) -> Any:
         """A symbolic input; `shape` has the batch in it."""

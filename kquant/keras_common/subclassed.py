@@ -36,7 +36,8 @@ def from_subclass(generation: Generation, model: Any, inputs: Sequence[tuple[tup
         raise not_built(model, "a subclassed model never called", fix)
     symbolic = [generation.input((None, *shape[1:]), dtype) for shape, dtype in inputs]
     try:
-        outputs = model.call(symbolic[0] if len(symbolic) == 1 else symbolic)
+        with generation.quiet():
+            outputs = model.call(symbolic[0] if len(symbolic) == 1 else symbolic)
         form = generation.keras.Model(symbolic, outputs, name=model.name)
     except Exception as error:
         raise ModelError(

@@ -99,3 +99,21 @@ def test_a_sequential_built_by_a_batch_takes_any_batch(tmp_path):
     kquant.export_tflite(qmodel, tmp_path / "m.tflite")
     assert kquant.verify(qmodel, tmp_path / "m.tflite", x).ok
     assert nodes[0] >= 1
+
+
+class Scaled(layers.Layer):
+    """A layer with a weight in plain arithmetic."""
+
+    def build(self, shape):
+        self.factor = self.add_weight(shape=(shape[-1],), initializer="random_normal", name="factor")
+
+    def call(self, x):
+        return tf.nn.relu(x * self.factor)
+
+
+def test_reading_a_layer_of_ones_own_warns_of_nothing(caplog):
+    x = tf_keras.Input(IMAGE)
+    model = tf_keras.Model(x, Scaled()(layers.Conv2D(4, 1)(x)))
+    qmodel = kquant.quantize_model(model)
+    assert caplog.records == []
+    assert [v.name for v in qmodel.trainable_weights if "scale" in v.name]  # its weight trains on
