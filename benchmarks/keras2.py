@@ -105,19 +105,25 @@ def beside_tfmot(
 
 
 def resnet8(folder: Folder, settings: Settings) -> Iterator[Row]:
-    """ResNet8: calibrated, trained at three widths, and beside tfmot."""
+    """ResNet8: calibrated, and trained beside tfmot."""
     images, _ = folder.cifar("train")
     held = folder.cifar("test")
     model = load(folder, "resnet8_jpgft_float.h5")
     yield from calibrated("ResNet8", model, images[:CALIBRATION], *held, bar=97.0, drop=0.5)
-    seeds = 1 if settings.quick else settings.seeds
-    for bits, config in BITS.items():
-        recipe = dataclasses.replace(RECIPES[bits], epochs=1) if settings.quick else RECIPES[bits]
-        yield trained(model, images, held, bits, config, recipe, seeds)
-    recipe = RECIPES["W8A8"]
+    recipe, seeds = RECIPES["W8A8"], 1 if settings.quick else settings.seeds
     epochs = 1 if settings.quick else recipe.epochs
     data = lambda seed: Augmented(images, model, recipe.shift, seed)  # noqa: E731
     yield from beside_tfmot("ResNet8", model, held, images[:CALIBRATION], data, recipe.rate, epochs, seeds)
+
+
+def widths(folder: Folder, settings: Settings) -> Iterator[Row]:
+    """ResNet8 trained at three widths."""
+    images, _ = folder.cifar("train")
+    model = load(folder, "resnet8_jpgft_float.h5")
+    for bits, config in BITS.items():
+        recipe = dataclasses.replace(RECIPES[bits], epochs=1) if settings.quick else RECIPES[bits]
+        seeds = 1 if settings.quick else settings.seeds
+        yield trained(model, images, folder.cifar("test"), bits, config, recipe, seeds)
 
 
 def trained(
@@ -265,3 +271,4 @@ def run(folder: Folder, settings: Settings) -> Iterator[Row]:
     yield from speed(folder, settings)
     yield from keywords(folder, settings)
     yield from resnet8(folder, settings)
+    yield from widths(folder, settings)
