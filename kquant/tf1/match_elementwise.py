@@ -156,8 +156,8 @@ def _unscaled(m: Matcher, x: Any) -> Any:
     """The tensor before dropout's factor `1 / keep_prob`."""
     op = x.op
     if op.type in ("Mul", "RealDiv"):
-        numbers = [t for t in op.inputs if t.shape.rank == 0]
-        others = [t for t in op.inputs if t.shape.rank != 0]
+        numbers = [t for t in op.inputs if not t.shape.rank]  # a rate that is fed may have no known shape
+        others = [t for t in op.inputs if t.shape.rank]
         if len(numbers) == 1 and not m.is_parameter(others[0]):
             return others[0]
     return x

@@ -120,6 +120,9 @@ class Reader:
             stack += [(t, False) for t in reversed(found.sources) if isinstance(t, tf.Tensor)]
 
     def _match(self, tensor: Any) -> Found:
+        if tensor.op.type in SOURCES and tensor.dtype == tf.bool:
+            fix = "Build the graph with training=True to train it, and with training=False to evaluate it"
+            raise ModelError("graph", "a graph for training, or one for evaluation", f"a flag, {tensor.name!r}", fix)
         if tensor.op.type in SOURCES:
             fix = f"Add {tensor.name!r} to inputs=, or choose outputs= that do not need it"
             raise ModelError("inputs", "all data that the outputs depend on", f"no {tensor.name!r}", fix)

@@ -78,7 +78,10 @@ def _outputs(m: Matcher, anchors: list[Any], reached: set[str], inputs: set[str]
                     order[tensor.name] = tensor
                     inside.add(tensor.name)
                     todo.append(tensor)
-    ends = [t for t in order.values() if not any(r.name in inside for op in t.consumers() for r in op.outputs)]
+    graph = m.evaluator.graph
+    read = {s.name for n in inside - inputs for s in m.match(graph.get_tensor_by_name(n)).sources if hasattr(s, "op")}
+    read |= {t.name for t in order.values() if any(r.name in inside for op in t.consumers() for r in op.outputs)}
+    ends = sorted((t for name, t in order.items() if name not in read), key=lambda t: t.op._id)
     return tuple(dict.fromkeys(_before_loss(m, t) for t in ends))
 
 

@@ -176,3 +176,62 @@ def test_weights_only(tmp_path):
         kquant.export_tflite(session, tmp_path / "model.tflite")
     kquant.export_tflite(session, tmp_path / "model.tflite", weights_only=True)
     assert kquant.verify(session, tmp_path / "model.tflite", X[:32]).ok
+
+
+def found(build):
+    """The names of the inputs and outputs that are found in a graph."""
+    graph = tf.Graph()
+    with graph.as_default():
+        build(v1.placeholder(tf.float32, [None, 12], name="x"))
+    report = kquant.QAT_Quantizer()(graph)
+    return report.inputs, report.outputs
+
+
+def hidden(x):
+    return tf.nn.relu(tf.matmul(x, v1.get_variable("w", [12, 5])) + v1.get_variable("b", [5]))
+
+
+def test_the_model_is_found_beside_labels_losses_metrics_and_summaries():
+    def build(x):
+        y = hidden(x)
+        v1.summary.histogram("hidden", y)
+        y = tf.matmul(y, v1.get_variable("v", [5, 3]), name="out")
+        labels = v1.placeholder(tf.float32, [None, 3], name="labels")
+        v1.summary.scalar("loss", tf.reduce_mean(tf.square(y - labels)) + 1e-4 * tf.nn.l2_loss(y.op.inputs[1]))
+        v1.summary.scalar("largest", tf.reduce_max(tf.cast(tf.argmax(y, 1), tf.float32)))
+
+    assert found(build) == (("x",), ("out",))
+
+
+def test_an_autoencoders_output_is_before_its_loss():
+    def build(x):
+        y = tf.nn.sigmoid(tf.matmul(hidden(x), v1.get_variable("v", [5, 12])), name="out")
+        v1.summary.scalar("loss", tf.reduce_mean(tf.square(y - x)))
+
+    assert found(build) == (("x",), ("out",))
+
+
+def test_dropout_with_a_rate_that_is_fed():
+    def build(x):
+        keep = v1.placeholder(tf.float32, name="keep")
+        tf.matmul(tf.nn.dropout(hidden(x), 1 - keep), v1.get_variable("v", [5, 3]), name="out")
+
+    assert found(build) == (("x",), ("out",))
+
+
+def test_several_heads_are_all_found():
+    def build(x):
+        y = hidden(x)
+        tf.nn.softmax(tf.matmul(y, v1.get_variable("one", [5, 3])), name="class")
+        tf.nn.tanh(tf.matmul(y, v1.get_variable("two", [5, 2])), name="place")
+
+    assert found(build) == (("x",), ("class", "place"))
+
+
+def test_a_flag_that_is_fed_is_refused():
+    def build(x):
+        flag = v1.placeholder_with_default(False, [], name="training")
+        tf.matmul(tf.cond(flag, lambda: hidden(x), lambda: x[:, :5]), v1.get_variable("v", [5, 3]))
+
+    with pytest.raises(kquant.ModelError, match=r"training=True.*training=False.*flag"):
+        found(build)
