@@ -24,6 +24,7 @@ def _import() -> Any:
             warnings.filterwarnings("ignore", "distutils Version classes are deprecated", DeprecationWarning)
             from tensorflow_model_optimization.python.core.quantization.keras import (
                 quantize_config,
+                quantize_layer,
                 quantize_registry,
                 quantize_scheme,
                 quantize_wrapper,
@@ -34,13 +35,15 @@ def _import() -> Any:
             os.environ.pop(VARIABLE, None)
         else:
             os.environ[VARIABLE] = before
-    return quantize_config, quantize_registry, quantize_scheme, quantize_wrapper, quantizers
+    return quantize_config, quantize_layer, quantize_registry, quantize_scheme, quantize_wrapper, quantizers
 
 
-_config, _registry, _scheme, _wrapper, _quantizers = _import()
+_config, _layer, _registry, _scheme, _wrapper, _quantizers = _import()
 
 QuantizeConfig = _config.QuantizeConfig
+QuantizeLayer = _layer.QuantizeLayer
 QuantizeRegistry = _registry.QuantizeRegistry
 QuantizeScheme = _scheme.QuantizeScheme
+QuantizeWrapper = _wrapper.QuantizeWrapper
 QuantizeWrapperV2 = _wrapper.QuantizeWrapperV2
 Quantizer = _quantizers.Quantizer

@@ -13,6 +13,7 @@ from tf_keras.src.engine.keras_tensor import KerasTensor
 from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
 
 from kquant.keras2 import symbols
+from kquant.keras2._tfmot import QuantizeLayer, QuantizeWrapper
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.subclassed import from_subclass, unbuilt_sequential
 
@@ -94,6 +95,16 @@ class Keras2(Generation):
     def is_variable(self, value: Any) -> bool:
         """Whether a value is a variable."""
         return isinstance(value, tf.Variable)
+
+    def why_refused(self, layer: Any) -> tuple[str, str, str] | None:
+        """Tfmot's own wrappers and quantize layers: their places and ranges are not kquant's."""
+        if not isinstance(layer, (QuantizeWrapper, QuantizeLayer)) or isinstance(layer, self.own.QuantizedLayer):
+            return None
+        return (
+            "a float model, or one that kquant quantized",
+            f"a {type(layer).__name__} that tfmot placed",
+            "Pass scheme=kquant.keras2.QuantizeScheme() to quantize_apply, or hand the float model to quantize_model",
+        )
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -172,6 +172,10 @@ class Generation(abc.ABC):
     def known_function(self, function: Any) -> str | None:
         """The name in `keras.activations` of a function, or None for any other callable."""
 
+    def why_refused(self, layer: Any) -> tuple[str, str, str] | None:
+        """For a layer that no model may hold: what was expected, what it is, and what to do instead."""
+        return None
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """While copies of a user's layers are called on symbolic tensors, which is nothing to warn the user about."""

@@ -27,11 +27,14 @@ def check_model(generation: Generation, model: Any, expected: str) -> None:
 
 
 def check_layer(generation: Generation, layer: Any) -> None:
-    """Refuse a layer of the other generation, or one that holds such a layer.
+    """Refuse a layer of the other generation, one that holds such a layer, and what the generation refuses itself.
 
     Raises:
         ModelError: naming the layer.
     """
+    refused = generation.why_refused(layer)
+    if refused is not None:
+        raise ModelError(f"layer {layer.name!r}", *refused)
     for part in _parts(layer):
         package = generation_of(part)
         if package is not None and package != generation.package:

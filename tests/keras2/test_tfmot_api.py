@@ -140,6 +140,14 @@ def test_our_scheme_refuses_a_config_of_tfmot():
         tfmot.quantize_apply(annotated(net(), {"head": own}), scheme=keras2.QuantizeScheme())
 
 
+def test_a_model_that_tfmot_placed_is_refused_by_name(tmp_path):
+    qmodel = tfmot.quantize_apply(annotated(net(), {"second": keras2.QATQuantizeConfig()}))
+    for call in (kquant.quantize_model, lambda model: kquant.export_tflite(model, tmp_path / "m.tflite")):
+        with pytest.raises(kquant.ModelError, match=r"layer '\w+'.*QuantizeScheme.*tfmot placed"):
+            call(qmodel)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_bits_of_a_config_are_refused():
     with pytest.raises(ConfigError, match="q_bits"):
         keras2.QATQuantizeConfig(9)
