@@ -18,7 +18,7 @@ from kquant.core.errors import ArtifactError
 from kquant.core.files import read_bytes
 from kquant_torch.archive import CLASS, MODULE, ROOT, Archive, decode, encode
 from kquant_torch.emit import SHIFT_OF_CODES
-from kquant_torch.program import Program, parse
+from kquant_torch.program import Program, calls, dotted, parse
 
 
 def loaded(data: bytes, where: str) -> Any:
@@ -139,6 +139,44 @@ def run_all(data: bytes, inputs: list[np.ndarray], where: str = "artifact") -> d
     return {i: as_codes(v) for i, v in found.items()}
 
 
+def run_each(
+    data: bytes, inputs: list[np.ndarray], kinds: tuple[str, ...], given: list[np.ndarray], where: str = "artifact"
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Run each computing statement of an artifact on given integers instead of those of the statement before it.
+
+    Args:
+        data: the file.
+        inputs: of the model.
+        kinds: the last names of the functions that compute; every other statement moves what it reads.
+        given: what each computing statement should have given, in order: what is read further on.
+
+    Returns:
+        For each computing statement, its result (uint8) and what was given for it.
+    """
+    archive = decode(data, where)
+    program = parse(archive, where)
+    found = {s.name: {dotted(c.func).split(".")[-1] for c in calls(s.expression)} for s in program.statements}
+    names = [name for name, functions in found.items() if functions & set(kinds)]
+    if len(names) != len(given):
+        raise ArtifactError(where, f"{len(given)} statements that compute", len(names))
+    places = {name: i for i, name in enumerate(names)}
+    lines = []
+    for statement in program.statements:
+        lines.append(f"{statement.name} = {ast.unparse(statement.expression)}")
+        if statement.name in places:
+            at = places[statement.name]
+            lines += [f"kept_{at} = {statement.name}", f"{statement.name} = torch.clone(given[{at}])"]
+    arguments = "".join(f", {n}: Tensor" for n in program.inputs) + ", given: List[Tensor]"
+    result = f"return [{', '.join(f'kept_{i}' for i in range(len(names)))}]"
+    code = _with_forward(archive, arguments, [*lines, result])
+    module = loaded(encode(dataclasses.replace(archive, code=code)), where)
+    tensors = [torch.from_numpy(g) for g in given]
+    layout = [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
+    with torch.no_grad():
+        made = module(*map(torch.from_numpy, inputs), layout)
+    return [(m.numpy(), g) for m, g in zip(made, given, strict=True)]
+
+
 def as_codes(value: np.ndarray) -> np.ndarray:
     """uint8 codes as those of the integer model."""
     return (value.astype(np.int16) - SHIFT_OF_CODES).astype(np.int8) if value.dtype == np.uint8 else value
@@ -146,17 +184,22 @@ def as_codes(value: np.ndarray) -> np.ndarray:
 
 def _keeping(archive: Archive, program: Program) -> str:
     """The code with a `forward` that returns a copy of every variable, since kernels may write into their inputs."""
-    tree = ast.parse(archive.code)
-    owner = next(n for n in tree.body if isinstance(n, ast.ClassDef))
-    forward = next(n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
     names = [*program.inputs, *(s.name for s in program.statements)]
-    lines = [ast.unparse(node) for node in forward.body[:-1]]
+    lines = [f"{s.name} = {ast.unparse(s.expression)}" for s in program.statements]
     first = len(program.inputs)
     kept = [f"kept_{i} = torch.clone({n})" for i, n in enumerate(names)]
     body = kept[:first] + [line for pair in zip(lines, kept[first:], strict=True) for line in pair]
     arguments = "".join(f", {n}: Tensor" for n in program.inputs)
-    head = f"def forward(self: {MODULE}.{CLASS}{arguments}) -> List[Tensor]:"
     result = f"return [{', '.join(f'kept_{i}' for i in range(len(names)))}]"
-    text = "\n".join([head, *(f"  {line}" for line in body), f"  {result}"])
+    return _with_forward(archive, arguments, [*body, result])
+
+
+def _with_forward(archive: Archive, arguments: str, body: list[str]) -> str:
+    """The code with another `forward`, which gives a list of tensors."""
+    tree = ast.parse(archive.code)
+    owner = next(n for n in tree.body if isinstance(n, ast.ClassDef))
+    forward = next(n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
+    head = f"def forward(self: {MODULE}.{CLASS}{arguments}) -> List[Tensor]:"
+    text = "\n".join([head, *(f"  {line}" for line in body)])
     owner.body[owner.body.index(forward)] = ast.parse(text).body[0]
     return f"{ast.unparse(tree)}\n"
