@@ -6,7 +6,7 @@ The two frameworks live in environments of their own and meet in a folder:
     (TensorFlow)  python -m benchmarks.twin keras --data FOLDER --out TWIN
     (torch)       python -m benchmarks.twin compare --data FOLDER --out TWIN
 
-Each op of the TorchScript artifact is run on the integers that the `.tflite` file's op read, and their results compared.
+Each op of the TorchScript artifact runs on the integers that the `.tflite` file's op read, and their results compared.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_torch(folder: Folder, out: pathlib.Path) -> Iterator[Row]:
 
 def keras_twin(arrays: Any) -> Any:
     """ResNet-20 in Keras 3 with the weights of the torch one."""
-    from keras import Model, layers, ops
+    from keras import Input, Model, layers, ops
 
     def conv(x: Any, name: str, stride: int, relu: bool) -> Any:
         place, norm = name.rsplit(".", 1)[0] + "." if "." in name else "", name[-1]

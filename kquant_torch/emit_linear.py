@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from kquant.core.affine import Affine, bias_error, round_half_up
 from kquant.core.integer import IntOp, IntWeight
+from kquant.core.parity import TIE
 from kquant_torch.emit import Emitter, literal, writes
 
 
@@ -28,7 +30,27 @@ def arrays(e: Emitter, op: IntOp, codes: np.ndarray) -> tuple[str, list[str]]:
     assert weight is not None
     kernel = e.array(f"{op.id}/kernel", codes)
     scale = e.array(f"{op.id}/scale", weight.scale)
-    return kernel, [scale, e.zero(), e.array(f"{op.id}/bias", weight.bias.astype(np.float32))]
+    return kernel, [scale, e.zero(), e.array(f"{op.id}/bias", held_bias(e, op).astype(np.float32))]
+
+
+def held_bias(e: Emitter, op: IntOp) -> np.ndarray:
+    """The bias as a multiple of `s_in * s_w`, as integer kernels hold it, so that every artifact gives the same codes.
+
+    Where that unit is so coarse that rounding to it would show, the bias is held as it is: the kernel takes a float.
+    """
+    weight = op.weight
+    assert weight is not None
+    unit = bias_unit(e.affine(op.inputs[0]), weight.scale)
+    if bias_error(weight.bias, unit, e.affine(op.outputs[0])) > TIE:
+        return weight.bias
+    rounded: np.ndarray = round_half_up(weight.bias / unit) * unit
+    return rounded
+
+
+def bias_unit(source: Affine, scale: np.ndarray) -> np.ndarray:
+    """`s_in * s_w`, one per output channel, float64."""
+    unit: np.ndarray = np.float64(source.scale) * scale.astype(np.float64)
+    return unit
 
 
 def convolution(

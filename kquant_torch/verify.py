@@ -11,12 +11,13 @@ from kquant.core.calibration import batches
 from kquant.core.files import read_bytes
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel, IntOp
-from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
+from kquant.core.parameters import FLOAT_UNIT, Found, Grid, compare_grids, compare_weight
 from kquant.core.parity import MEAN_ERROR_LIMIT, ParityReport
 from kquant.core.target import Target
 from kquant.core.verification import Verification, check_same
 from kquant_torch.archive import Archive, decode
 from kquant_torch.emit import SHIFT_OF_CODES
+from kquant_torch.emit_linear import bias_unit
 from kquant_torch.export import integer_model, quantized_graph
 from kquant_torch.onnx_emit import ONNX
 from kquant_torch.program import Program, array_of, calls, dotted, parse
@@ -114,7 +115,7 @@ def compare_parameters(
     for op in model.ops:
         if op.weight is None:
             continue
-        found = _found(op, program, archive, expressions.get(variables[op.outputs[0]]))
+        found = _found(op, program, archive, expressions.get(variables[op.outputs[0]]), model)
         checked += 2
         if isinstance(found, str):
             problems.append(f"op {op.id!r}: {found}")
@@ -123,7 +124,7 @@ def compare_parameters(
     return problems, checked
 
 
-def _found(op: IntOp, program: Program, archive: Archive, expression: Any) -> Found | str:
+def _found(op: IntOp, program: Program, archive: Archive, expression: Any, model: IntegerModel) -> Found | str:
     """The kernel that an op's statement runs, or what is wrong with it."""
     used = [c for c in calls(expression) if "kernel" in program.arguments(c)] if expression is not None else []
     if len(used) != 1:
@@ -136,7 +137,13 @@ def _found(op: IntOp, program: Program, archive: Archive, expression: Any) -> Fo
         return "its kernel was prepacked for another input grid"
     codes = _by_channel(op, array_of(packed["kernel"], archive))
     scale, bias = (array_of(arguments[n], archive) for n in ("kernel_scale", "bias"))
-    return Found(codes, scale, bias.astype(np.float64), None)
+    source = model.tensors[op.inputs[0]].affine
+    assert source is not None
+    unit = bias_unit(source, scale)
+    steps = bias / unit
+    on_grid = np.abs(steps - np.round(steps)) <= 1e-3 + 1e-7 * np.abs(steps)  # a multiple, to float32's last bits
+    held = np.where(on_grid, np.round(steps) * unit, bias)
+    return Found(codes, scale, held, np.where(on_grid, unit, np.abs(bias) * FLOAT_UNIT + 1e-30))
 
 
 def _by_channel(op: IntOp, codes: np.ndarray) -> np.ndarray:
