@@ -13,7 +13,7 @@ from kquant.keras_common.layers import Stateful
 
 def norm_affine(layer: Any, mean: Any, variance: Any) -> tuple[np.ndarray, np.ndarray]:
     """The scale and the offset per channel of a batch norm layer for given statistics, float64."""
-    sigma = np.sqrt(np.asarray(variance, np.float64) + layer.epsilon)
+    sigma = np.sqrt(np.asarray(variance, np.float64) + np.float32(layer.epsilon))  # float32 is what the kernels add
     scale = (np.asarray(layer.gamma, np.float64) if layer.scale else 1.0) / sigma
     beta = np.asarray(layer.beta, np.float64) if layer.center else 0.0
     return scale, beta - np.asarray(mean, np.float64) * scale
