@@ -130,14 +130,16 @@ def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> t
     low = tf.zeros(()) if nonneg else tf.minimum(tf.reduce_min(x), 0.0) * state.covered_low[site]
     high = tf.maximum(tf.reduce_max(x), 0.0) * state.covered_high[site]
     here = np.arange(int(state.seen.shape[0])) == site
+    alone = here.size == 1
     fresh = tf.logical_and(tf.equal(state.seen, 0.0), tf.equal(state.frozen, 0.0))
     moving = tf.logical_and(tf.equal(state.seen, 1.0), tf.equal(state.frozen, 0.0))
 
     def moved(old: Any, value: Any) -> Any:
         new = tf.where(fresh, value, tf.where(moving, old + (value - old) * (1.0 - decay), old))
-        return tf.where(here, new, old)
+        return new if alone else tf.where(here, new, old)
 
-    seen = tf.maximum(state.seen, tf.where(here, tf.cast(fresh, tf.float32), 0.0))
+    now = tf.cast(fresh, tf.float32)
+    seen = tf.maximum(state.seen, now if alone else tf.where(here, now, 0.0))
     return moved(state.minimum, low), moved(state.maximum, high), seen
 
 
