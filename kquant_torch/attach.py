@@ -18,7 +18,8 @@ from kquant.core.weights import weight_formula
 from kquant_torch.fake_quantize import EMA_DECAY, FakeQuantize
 from kquant_torch.kernels import layout
 from kquant_torch.norms import BATCH_NORMS
-from kquant_torch.read import Name, Reading
+from kquant_torch.read import Reading
+from kquant_torch.reader import Name
 from kquant_torch.root import HOLDER, become_quantized
 from kquant_torch.trace import DROPOUTS
 from kquant_torch.weights import QUANTIZED, RECURRENT, WeightQuantizer

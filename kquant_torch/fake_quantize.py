@@ -26,11 +26,11 @@ def grid(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[Number, Numb
     if torch.compiler.is_compiling() or low.device.type != "cpu":
         scale = (high - low) / levels
         zero = torch.clamp(torch.floor(-low / scale + 0.5), 0, levels)
-        return scale, -zero, levels - zero
+        return scale, 0.0 - zero, levels - zero
     bottom, top = np.float32(low.item()), np.float32(high.item())
     step = np.float32((top - bottom) / np.float32(levels))
     zero = float(min(max(np.floor(-bottom / step + np.float32(0.5)), 0.0), levels))
-    return float(step), -zero, levels - zero
+    return float(step), 0.0 - zero, levels - zero
 
 
 def _rounded(x: torch.Tensor, scale: Number, first: Number, last: Number) -> torch.Tensor:
@@ -106,7 +106,7 @@ def fake_quantize_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, 
     and `0` outside (Jacob et al. 2018; Bengio et al. 2013, straight-through estimator).
 
     Example:
-        >>> x = torch.tensor([-0.3, 0.26, 0.75, 2.0], requires_grad=True)
+        >>> x = torch.tensor([-0.8, 0.26, 0.75, 2.0], requires_grad=True)
         >>> y = fake_quantize_range(x, torch.tensor(0.0), torch.tensor(1.5), 2)
         >>> y.sum().backward()
         >>> y.tolist(), x.grad.tolist()

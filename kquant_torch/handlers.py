@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from kquant_torch.read import Reader, Refused
+from kquant_torch.reader import Reader, Refused
 
 Handler = Callable[..., Any]  # (reader, node, *arguments of the call) -> what `Reader.add` returned
 MODULES: dict[type, Handler] = {}

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from kquant.core.graph import Weight
-from kquant_torch.read import Reader, Refused, parameter_weight, weight_quantizer
+from kquant_torch.reader import Reader, Refused, parameter_weight, weight_quantizer
 from kquant_torch.trace import in_mode
 
 GEOMETRY = ("stride", "padding", "output_padding", "dilation")

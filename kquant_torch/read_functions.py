@@ -12,7 +12,7 @@ from kquant.core.elementwise import is_elementwise
 from kquant.core.graph import Weight
 from kquant_torch.handlers import function_name, reads
 from kquant_torch.kernels import read_kernel
-from kquant_torch.read import Reader, Refused
+from kquant_torch.reader import Reader, Refused
 
 RENAMED = {"hardsigmoid": "hard_sigmoid", "exp": "exponential", "absolute": "abs"}
 

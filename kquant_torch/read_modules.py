@@ -15,8 +15,8 @@ from kquant_torch.fake_quantize import FakeQuantize
 from kquant_torch.handlers import FUNCTIONS, opaque, reads_module
 from kquant_torch.kernels import read_layer
 from kquant_torch.norms import BATCH_NORMS, batch_affine
-from kquant_torch.read import Reader, Refused
 from kquant_torch.read_functions import add_relu
+from kquant_torch.reader import Reader, Refused
 from kquant_torch.weights import QUANTIZED, RECURRENT
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from kquant_torch.handlers import function_name, reads
-from kquant_torch.read import Reader, Refused
+from kquant_torch.reader import Reader, Refused
 
 # -- pools ----------------------------------------------------------------------------------------------------------
 

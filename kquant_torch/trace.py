@@ -173,6 +173,7 @@ def _trace_once(model: nn.Module, inputs: Inputs, leaves: frozenset[str] = froze
 
 def is_composite(model: nn.Module) -> bool:
     """Whether a model is itself a layer that is rewritten as the functions that it is made of."""
+    from kquant_torch import expand_layers  # noqa: F401  it enters its expanders
     from kquant_torch.expand import MODULES
 
     return type(model) in MODULES

@@ -23,7 +23,8 @@ from kquant_torch.attach import Builder
 from kquant_torch.data import arrays_of
 from kquant_torch.fake_quantize import FakeQuantize
 from kquant_torch.norms import BATCH_NORMS
-from kquant_torch.read import Reader, Reading
+from kquant_torch.read import Reading
+from kquant_torch.reader import Reader
 from kquant_torch.root import STATE
 from kquant_torch.trace import Described, Inputs, Tracer, in_mode
 

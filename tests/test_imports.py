@@ -14,6 +14,7 @@ import kquant
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("tensorflow", "keras", "tf_keras", "torch", "ai_edge_litert", "tensorflow_model_optimization")
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 needs_keras = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="keras is not installed")
 
 
@@ -67,6 +68,39 @@ def test_core_imports_numpy_and_the_standard_library_only(path):
         for name in names:
             ours = name.startswith("kquant.core.")
             assert ours or name.partition(".")[0] in allowed, f"{path.name}:{node.lineno}: core imports {name}"
+
+
+def torch_files():
+    return sorted((PROJECT / "kquant_torch").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", torch_files(), ids=lambda p: p.stem)
+def test_kquant_torch_imports_torch_and_the_core_only(path):
+    allowed = {"numpy", "torch", "onnx", "onnxruntime", "kquant_torch", *sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            ours = name == "kquant.core" or name.startswith("kquant.core.")
+            assert ours or name.partition(".")[0] in allowed, f"{path.name}:{node.lineno}: imports {name}"
+
+
+@needs_torch
+def test_kquant_torch_works_where_tensorflow_cannot_be_imported():
+    out, _ = run("""
+        class Blocker:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("tensorflow", "keras", "tf_keras", "ai_edge_litert"):
+                    raise ImportError("blocked: " + name)
+
+        sys.meta_path.insert(0, Blocker())
+        import torch, kquant_torch
+        x = torch.randn(4, 6)
+        model = kquant_torch.wrap(torch.nn.Sequential(torch.nn.Linear(6, 3)), example_inputs=x, calibration_data=x)
+        model(x).sum().backward()
+        print(model[0].weight.grad.shape, [m for m in sys.modules if m in ("tensorflow", "keras", "tf_keras")])
+    """)
+    assert out.strip() == "torch.Size([3, 6]) []"
 
 
 def project_files():

@@ -1,0 +1,239 @@
+"""Composite layers that compute: normalizations, products, attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that everybody uses
+from torch import fx, nn
+
+from kquant_torch.expand import Site, expands, expands_module, is_parameter
+from kquant_torch.functions import channel_affine, reciprocal_root, scaled_softmax
+from kquant_torch.trace import Described
+
+# -- normalizations -------------------------------------------------------------------------------------------------
+
+
+def _standardized(x: Any, dims: tuple[int, ...], epsilon: float, center: bool = True) -> Any:
+    centered = x - torch.mean(x, dims, keepdim=True) if center else x
+    variance = torch.mean(centered * centered, dims, keepdim=True)
+    return centered * _reciprocal_root(variance, epsilon)
+
+
+def _reciprocal_root(x: Any, epsilon: float) -> Any:
+    return x.tracer.create_proxy("call_function", reciprocal_root, (x, float(epsilon)), {})
+
+
+def _affine(x: Any, scale: Any, offset: Any, axis: int) -> Any:
+    if scale is None and offset is None:
+        return x
+    return x.tracer.create_proxy("call_function", channel_affine, (x, scale, offset, axis), {})
+
+
+def _layer_norm(site: Site, x: Any, normalized: Any, scale: Any, offset: Any, epsilon: float, center: bool) -> Any:
+    rank = len(site.shape(x))
+    dims = tuple(range(rank - len(normalized), rank))
+    y = _standardized(x, dims, epsilon, center)
+    if len(dims) == 1:
+        return _affine(y, scale, offset, rank - 1)
+    y = y if scale is None else y * scale
+    return y if offset is None else y + offset
+
+
+@expands_module(nn.LayerNorm)
+def _layer_norm_module(site: Site, input: Any) -> Any:
+    m = site.module
+    return _layer_norm(site, input, m.normalized_shape, site.parameter("weight"), site.parameter("bias"), m.eps, True)
+
+
+@expands("layer_norm")
+def _layer_norm_function(
+    site: Site, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    return _layer_norm(site, input, normalized_shape, weight, bias, eps, True)
+
+
+@expands_module(nn.RMSNorm)
+def _rms_norm(site: Site, x: Any) -> Any:
+    m = site.module
+    epsilon = torch.finfo(torch.float32).eps if m.eps is None else m.eps
+    return _layer_norm(site, x, m.normalized_shape, site.parameter("weight"), None, epsilon, False)
+
+
+def _group_norm(site: Site, x: Any, groups: int, scale: Any, offset: Any, epsilon: float) -> Any:
+    shape = site.shape(x)
+    y = torch.reshape(x, (-1, groups, math.prod(shape[1:]) // groups))
+    return _affine(torch.reshape(_standardized(y, (2,), epsilon), (-1, *shape[1:])), scale, offset, 1)
+
+
+@expands_module(nn.GroupNorm)
+def _group_norm_module(site: Site, input: Any) -> Any:
+    m = site.module
+    return _group_norm(site, input, m.num_groups, site.parameter("weight"), site.parameter("bias"), m.eps)
+
+
+@expands("group_norm")
+def _group_norm_function(
+    site: Site, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
+    return _group_norm(site, input, num_groups, weight, bias, eps)
+
+
+@expands_module(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def _instance_norm(site: Site, input: Any) -> Any:
+    m, rank = site.module, len(site.shape(input))
+    if m.track_running_stats:
+        return None
+    y = _standardized(input, tuple(range(2, rank)), m.eps)
+    return _affine(y, site.parameter("weight"), site.parameter("bias"), 1)
+
+
+# -- products -------------------------------------------------------------------------------------------------------
+
+
+@expands("matmul", "imatmul")
+def _matmul(site: Site, input: Any, other: Any) -> Any:
+    """A product with a matrix of parameters is a dense layer."""
+    if not is_parameter(other) or len(site.shape(other)) != 2:
+        return None
+    return F.linear(input, other.t())
+
+
+@expands("addmm")
+def _addmm(site: Site, input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    if beta != 1 or alpha != 1 or not is_parameter(mat2):
+        return None
+    return F.linear(mat1, mat2.t(), input)
+
+
+@expands("div", "truediv", "divide", "true_divide")
+def _div(site: Site, input: Any, other: Any, *, rounding_mode: Any = None) -> Any:
+    """A quotient of two tensors is a product with the reciprocal."""
+    if not isinstance(other, fx.Proxy) or not isinstance(other.node.meta.get("value"), Described):
+        return None
+    if is_parameter(other) or not isinstance(input, fx.Proxy) or rounding_mode is not None:
+        return None
+    return input * torch.reciprocal(other)
+
+
+@expands("einsum")
+def _einsum(site: Site, equation: Any, *operands: Any) -> Any:
+    """Two operands: batch letters first, then one matrix product, then the wanted order."""
+    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    subscripts = equation.replace(" ", "")
+    if "." in subscripts or len(operands) != 2 or "->" not in subscripts:
+        return None
+    (a, b), out = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
+    shared = [c for c in a if c in b]
+    batch, inner = [c for c in shared if c in out], [c for c in shared if c not in out]
+    left, right = [c for c in a if c not in shared], [c for c in b if c not in shared]
+    if sorted(batch + left + right) != sorted(out) or not inner or out[0] not in a[:1] + b[:1]:
+        return None
+    sizes = {**dict(zip(a, site.shape(operands[0]), strict=True)), **dict(zip(b, site.shape(operands[1]), strict=True))}
+    moving = out[0]  # the batch axis keeps whatever size it has
+    x = _as_matrix(operands[0], a, batch, left, inner, sizes, moving)
+    y = _as_matrix(operands[1], b, batch, inner, right, sizes, moving)
+    z = torch.reshape(torch.matmul(x, y), [-1 if c == moving else sizes[c] for c in batch + left + right])
+    return z.permute([(batch + left + right).index(c) for c in out])
+
+
+def _as_matrix(x: Any, letters: str, batch: list, rows: list, columns: list, sizes: dict, moving: str) -> Any:
+    x = x.permute([letters.index(c) for c in batch + rows + columns])
+    shape = [-1 if c == moving else sizes[c] for c in batch]
+    shape += [-1 if moving in side else math.prod(sizes[c] for c in side) for side in (rows, columns)]
+    return torch.reshape(x, shape)
+
+
+@expands_module(nn.Bilinear)
+def _bilinear(site: Site, input1: Any, input2: Any) -> Any:
+    """`x1 A x2 + b`: a dense layer on x1 that gives a matrix, times x2, summed."""
+    m = site.module
+    out, first, second = m.weight.shape
+    kernel = torch.reshape(torch.transpose(site.parameter("weight"), 1, 2), (out * second, first))
+    rows = torch.reshape(F.linear(input1, kernel), (-1, *site.shape(input1)[1:-1], out, second))
+    y = torch.sum(rows * torch.unsqueeze(input2, -2), -1)
+    return _affine(y, None, site.parameter("bias"), len(site.shape(input1)) - 1)
+
+
+@expands_module(nn.EmbeddingBag)
+def _embedding_bag(site: Site, input: Any, offsets: Any = None, per_sample_weights: Any = None) -> Any:
+    m = site.module
+    reductions = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
+    if offsets is not None or per_sample_weights is not None or len(site.shape(input)) != 2:
+        return None
+    if m.padding_idx is not None or m.max_norm is not None:
+        return None
+    return reductions[m.mode](F.embedding(input, site.parameter("weight")), 1)
+
+
+# -- attention ------------------------------------------------------------------------------------------------------
+
+
+def _attention(q: Any, k: Any, v: Any, scale: float) -> Any:
+    scores = torch.matmul(q, torch.transpose(k, -2, -1))
+    weights = scores.tracer.create_proxy("call_function", scaled_softmax, (scores, float(scale), -1), {})
+    return torch.matmul(weights, v)
+
+
+@expands("scaled_dot_product_attention")
+def _sdpa(
+    site: Site, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0,
+    is_causal: bool = False, scale: Any = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    if attn_mask is not None or is_causal or enable_gqa or dropout_p != 0.0:
+        return None
+    return _attention(query, key, value, site.shape(query)[-1] ** -0.5 if scale is None else scale)
+
+
+@expands_module(nn.MultiheadAttention)
+def _multi_head(
+    site: Site, query: Any, key: Any, value: Any, key_padding_mask: Any = None, need_weights: bool = True,
+    attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> Any:  # fmt: skip
+    m, node = site.module, site.node
+    wants_scores = any(user.args[1:] != (0,) and user.users for user in node.users)
+    special = m.bias_k is not None or m.add_zero_attn or m.dropout or not m._qkv_same_embed_dim
+    masked = key_padding_mask is not None or attn_mask is not None or is_causal
+    if wants_scores or special or masked or not m.batch_first or len(site.shape(query)) != 3:
+        return None
+    size, heads = m.embed_dim, m.num_heads
+    weight, bias = site.parameter("in_proj_weight"), site.parameter("in_proj_bias")
+    parts = []
+    for i, x in enumerate((query, key, value)):
+        rows = slice(i * size, (i + 1) * size)
+        y = F.linear(x, weight[rows], None if bias is None else bias[rows])
+        y = torch.reshape(y, (-1, site.shape(x)[1], heads, size // heads))
+        parts.append(torch.transpose(y, 1, 2))
+    y = _attention(*parts, (size // heads) ** -0.5)
+    y = torch.reshape(torch.transpose(y, 1, 2), (-1, site.shape(query)[1], size))
+    out = F.linear(y, *(_child_parameter(site, "out_proj", n) for n in ("weight", "bias")))
+    return (out, None)
+
+
+def _child_parameter(site: Site, child: str, name: str) -> Any:
+    if getattr(getattr(site.module, child), name) is None:
+        return None
+    return site.get(f"{child}.{name}")
+
+
+@expands_module(nn.TransformerEncoderLayer)
+def _encoder_layer(
+    site: Site, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
+) -> Any:
+    if src_mask is not None or src_key_padding_mask is not None or is_causal:
+        return None
+
+    def attend(x: Any) -> Any:
+        return site.call("dropout1", site.call("self_attn", x, x, x)[0])
+
+    def feed(x: Any) -> Any:
+        hidden = site.module.activation(site.call("linear1", x))
+        return site.call("dropout2", site.call("linear2", site.call("dropout", hidden)))
+
+    if site.module.norm_first:
+        x = src + attend(site.call("norm1", src))
+        return x + feed(site.call("norm2", x))
+    x = site.call("norm1", src + attend(src))
+    return site.call("norm2", x + feed(x))
