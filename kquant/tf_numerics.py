@@ -59,7 +59,7 @@ def fake_quantize_range(x: Any, low: Any, high: Any, bits: int) -> Any:
         return tf.quantization.fake_quant_with_min_max_vars(x, low, high, num_bits=bits)
     levels = 1.0 if bits == 1 else 32767.0
     scale = high / levels
-    value = fake_quantize(x, scale, 0.0, 0.0 if bits == 1 else -levels, levels, xp)
+    value = fake_quantize(x, scale, 0.0, 0.0 if bits == 1 else -levels - 1.0, levels, xp)
     return clipped_straight_through(x, value, low, high)
 
 

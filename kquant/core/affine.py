@@ -34,7 +34,8 @@ class Affine:
     """Scale and zero point of an activation tensor as it lies in an integer tensor of the artifact.
 
     `bits` of 2..8 occupy the top of int8, codes `128 - 2**bits .. 127` (saturation placement: the kernel's own
-    saturation is then the upper clamp); 16 bits are int16, symmetric.
+    saturation is then the upper clamp); 16 bits are int16, with zero point 0 and all
+    of its codes, because the kernels saturate at -32768.
 
     Example:
         >>> Affine.of_range(np.float32(0.0), np.float32(1.5), 4)
@@ -48,7 +49,7 @@ class Affine:
     @property
     def qmin(self) -> int:
         """The lowest code."""
-        return -INT16_MAX if self.bits == 16 else 128 - 2**self.bits
+        return -INT16_MAX - 1 if self.bits == 16 else 128 - 2**self.bits
 
     @property
     def qmax(self) -> int:

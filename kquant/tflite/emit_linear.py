@@ -74,7 +74,7 @@ def _check_accumulator(op: IntOp, codes: np.ndarray, bias: np.ndarray) -> None:
 
     With an int64 bias the kernel keeps only 15 bits of the multiplier, and is up to a code and a half off (measured).
     """
-    largest = np.abs(codes.astype(np.int64)).sum(axis=0) * INT16_MAX + np.abs(bias.astype(np.int64))
+    largest = np.abs(codes.astype(np.int64)).sum(axis=0) * (INT16_MAX + 1) + np.abs(bias.astype(np.int64))
     if (largest >= 2**31).any():
         raise UnsupportedError(
             f"layer {op.parts[0].layer if op.parts else op.id!r}",

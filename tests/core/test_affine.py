@@ -62,7 +62,7 @@ def test_one_bit_is_zero_and_the_upper_end():
 @given(low=SIZE, high=SIZE)
 def test_sixteen_bits_are_symmetric(low, high):
     affine = Affine.of_range(F32(-low), F32(high), 16)
-    assert (affine.zero_point, affine.qmin, affine.qmax, affine.dtype) == (0, -32767, 32767, "int16")
+    assert (affine.zero_point, affine.qmin, affine.qmax, affine.dtype) == (0, -32768, 32767, "int16")
     assert affine.scale == F32(F32(max(low, high)) / F32(32767))
 
 

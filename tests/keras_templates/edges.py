@@ -183,3 +183,13 @@ def test_arguments_of_export(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
     kquant.export_tflite(qmodel, os.fsencode(tmp_path / "bytes.tflite"))
     assert kquant.audit(tmp_path / "bytes.tflite").fully_integer
+
+
+def test_a_narrow_input_of_a_wide_layer_saturates_as_the_kernel_does(tmp_path):
+    """The lowest 8-bit code lies below the data, so beyond the lowest code of 16 bits, where kernels go to -32768."""
+    x = keras.Input(SHAPE, name="x")
+    y = layers.Dense(3)(layers.Flatten()(layers.Conv2D(4, 3, activation="relu")(x)))
+    config = [{"op_types": ["default"], "q_bits": {"weight": 8, "output": 16}}]
+    data = np.clip(X, -3.9, 3.06)
+    data[0, 0, 0, :2] = -3.9, 3.06
+    exported(keras.Model(x, y), data, tmp_path / "wide.tflite", config)
