@@ -94,6 +94,33 @@ def _separable(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     return _call(pointwise, x, [layer.pointwise_kernel, *([layer.bias] if layer.use_bias else [])])
 
 
+# -- several layers in one ------------------------------------------------------------------------------------------
+
+
+@expands("TimeDistributed")
+def _time_distributed(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
+    """The time steps as further samples: what the layer does with one does not depend on the others."""
+    x, inner = inputs[0], layer.layer
+    if None in x.shape[1:]:
+        return "TimeDistributed needs known sizes on the target"
+    if isinstance(inner, g.keras.Model) or not g.is_own_class(inner):
+        return "TimeDistributed is read only around Keras' own layers"
+    y = twin(inner, g.ops.reshape(x, (-1, *x.shape[2:])))
+    return g.ops.reshape(y, (-1, x.shape[1], *y.shape[1:]))
+
+
+@expands("CenterCrop")
+def _center_crop(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
+    x = inputs[0]
+    _, height, width, _ = x.shape
+    if getattr(layer, "data_format", "channels_last") != "channels_last" or None in (height, width):
+        return "CenterCrop needs known sizes, channels last"
+    if height < layer.height or width < layer.width:
+        return "CenterCrop of a smaller image resizes it; use Resizing"
+    top, left = (height - layer.height) // 2, (width - layer.width) // 2
+    return x[:, top : top + layer.height, left : left + layer.width]
+
+
 # -- merges ---------------------------------------------------------------------------------------------------------
 
 

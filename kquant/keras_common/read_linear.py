@@ -55,6 +55,14 @@ def _einsum(layer: Any) -> tuple[str, dict]:
     return "dense", {"contracted": count}
 
 
+def _why_misshapen(layer: Any, contracted: int, given: tuple, stated: tuple) -> str | None:
+    """Keras misplaces sizes where an ellipsis stands for several axes, and what follows would build on them."""
+    actual = (*given[:-contracted], *layer.kernel.shape[contracted:])
+    same = all(a is None or s is None or a == s for a, s in zip(actual, stated, strict=True))
+    fix = f"write all axes of {layer.equation!r} as letters"
+    return None if same else f"Keras states the shape {stated}, but it gives {actual}; {fix}"
+
+
 def _prelu(layer: Any) -> tuple[str, dict]:
     return "prelu", {}
 
@@ -90,6 +98,8 @@ def read_linear(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[st
     reason = _why_opaque(layer, kind) or attrs.get("reason")
     if kind == "embedding" and any(inputs[0] in op.outputs for op in r.ops):
         reason = reason or NOT_IDS
+    if "contracted" in attrs:
+        reason = reason or _why_misshapen(layer, attrs["contracted"], r.shape(inputs[0]), call.shape)
     if reason:
         return r.unknown(layer, inputs, call, reason)
     split = hasattr(layer, "activation") and r.generation.known_function(layer.activation) != "linear"

@@ -112,18 +112,17 @@ class Emitter:
         return row.version16 if wide and row.version16 else row.version
 
     def reshape(self, source: int, name: str, shape: Any, like: str) -> int:
-        """A reshape to `shape`, in which None is the dynamic batch; returns the new tensor, quantized like `like`."""
+        """A reshape to `shape`, in which None is a dynamic size; returns the new tensor, quantized like `like`."""
         target = self.inner(name, shape, like)
         self.reshape_into(source, target, shape, name)
         return target
 
     def reshape_into(self, source: int, target: int, shape: Any, name: str) -> None:
         """A reshape into an existing tensor."""
-        if sum(s is None for s in shape) > 1:
-            raise UnsupportedError(
-                f"tensor {name!r}", "a reshape needs all sizes but one", shape, "Give the model a fixed input size"
-            )
         wanted = [-1 if s is None else int(s) for s in shape]
+        if wanted.count(-1) > 1:
+            self._move_one(source, target, wanted, name)
+            return
         self.op(
             "RESHAPE",
             [source, self.ints(f"{name}/shape", wanted)],
@@ -131,6 +130,19 @@ class Emitter:
             1,
             ("ReshapeOptions", {"newShape": wanted}),
         )
+
+    def _move_one(self, source: int, target: int, wanted: list[int], name: str) -> None:
+        """A reshape with several dynamic sizes, which has an op only where one axis of size 1 comes or goes."""
+        tensor = self.tensors[source]
+        given = list(tensor.signature or tensor.shape)
+        if (axis := _inserted(given, wanted)) is not None:
+            operands = [source, self.ints(f"{name}/axis", [axis])]
+            self.op("EXPAND_DIMS", operands, [target], 1, ("ExpandDimsOptions", {}))
+        elif (axis := _inserted(wanted, given)) is not None:
+            self.op("SQUEEZE", [source], [target], 1, ("SqueezeOptions", {"squeezeDims": [axis]}))
+        else:
+            fix = "Give the model a fixed input size"
+            raise UnsupportedError(f"tensor {name!r}", "a reshape needs all sizes but one", tuple(wanted), fix)
 
     def build(self) -> FileModel:
         """The file as plain data."""
@@ -145,6 +157,12 @@ class Emitter:
             self.tensors, self.ops, inputs, outputs, self.model.input_names, self.model.output_names,
             {"min_runtime_version": least.encode().ljust(16, b"\0")}, self.description,
         )  # fmt: skip
+
+
+def _inserted(short: list[int], long: list[int]) -> int | None:
+    """The axis of size 1 without which `long` is `short`, if there is one."""
+    axes = [i for i, size in enumerate(long) if size == 1 and [*long[:i], *long[i + 1 :]] == short]
+    return axes[0] if axes else None
 
 
 def fused(op: IntOp) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from keras_generation import keras, layers, ops, policy, set_policy
+from keras_generation import IS_KERAS3, keras, layers, ops, policy, set_policy
 
 import kquant
 from keras_templates.bad_input import DEFAULT, refused
@@ -193,3 +193,63 @@ def test_a_narrow_input_of_a_wide_layer_saturates_as_the_kernel_does(tmp_path):
     data = np.clip(X, -3.9, 3.06)
     data[0, 0, 0, :2] = -3.9, 3.06
     exported(keras.Model(x, y), data, tmp_path / "wide.tflite", config)
+
+
+# -- layers and operations that are made of others --------------------------------------------------------------------
+
+CLIPS = RNG.normal(size=(16, 3, 6, 6, 4)).astype(np.float32)
+
+COMPOSED: dict[str, tuple[np.ndarray, Any]] = {
+    "new axes": (X, lambda x: [x[:, None, 1:], x[..., None, 0], x[:, 0, :, None]]),
+    "crop": (X, lambda x: layers.CenterCrop(3, 4)(x)),
+    "time": (
+        CLIPS,
+        lambda x: [
+            layers.TimeDistributed(layers.Conv2D(3, 3, activation="relu"))(x),
+            layers.TimeDistributed(layers.BatchNormalization())(x),
+            layers.TimeDistributed(layers.Flatten())(x),
+        ],
+    ),
+}
+if IS_KERAS3:
+    COMPOSED |= {
+        "flip": (X, lambda x: [ops.flip(x, axis=1), ops.flip(x, axis=(1, -1))]),
+        "roll": (X, lambda x: [ops.roll(x, 2, axis=1), ops.roll(x, -1, axis=-1), ops.roll(x, 6, axis=2)]),
+        "unstack": (X, lambda x: ops.unstack(x, axis=2)),
+        "pools": (X, lambda x: [ops.max_pool(x, 2, padding="same"), ops.average_pool(x, 3, strides=1)]),
+    }
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed_operations_give_what_the_float_model_gives(name, tmp_path):
+    data, function = COMPOSED[name]
+    x = keras.Input(data.shape[1:], name="x")
+    model = keras.Model(x, function(x))
+    qmodel, _ = exported(model, data, tmp_path / "m.tflite")
+    for mine, theirs in zip(_flat(qmodel(data)), _flat(model(data)), strict=True):
+        # Two or three roundings to 8 bits of a range of about 8 standard deviations.
+        assert np.abs(np.asarray(mine) - np.asarray(theirs)).max() <= 3 / 255 * np.ptp(theirs)
+
+
+def _flat(values: Any) -> list:
+    return list(values) if isinstance(values, (list, tuple)) else [values]
+
+
+def test_sequences_of_any_length(tmp_path):
+    x = keras.Input((None, 3), name="x")
+    y = layers.Conv1D(4, 3, padding="causal", dilation_rate=2, activation="relu")(x)
+    y = layers.MaxPooling1D()(layers.DepthwiseConv1D(3, padding="same")(y))
+    model = keras.Model(x, layers.Conv1D(2, 1)(y))
+    qmodel, _ = exported(model, RNG.normal(size=(64, 9, 3)), tmp_path / "m.tflite")
+    longer = RNG.normal(size=(48, 14, 3)).astype(np.float32)
+    assert kquant.verify(qmodel, tmp_path / "m.tflite", longer).ok
+    assert kquant.load_artifact(tmp_path / "m.tflite")(longer).shape == (48, 7, 2)
+
+
+def test_an_ellipsis_whose_shape_keras_misstates_is_refused(tmp_path):
+    x = keras.Input((5, 4, 6), name="x")
+    y = layers.EinsumDense("...d,de->...e", output_shape=7, name="einsum")(x)
+    if not IS_KERAS3:  # which states it right
+        exported(keras.Model(x, y), RNG.normal(size=(16, 5, 4, 6)), tmp_path / "m.tflite")
+        return
+    refused(UnsupportedError, ("'einsum'", "letters"), kquant.quantize_model, keras.Model(x, y))
