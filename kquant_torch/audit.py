@@ -20,6 +20,7 @@ from kquant.core.errors import ArtifactError
 from kquant.core.files import read_bytes
 from kquant.core.reports import AuditOp, AuditReport, FloatOp
 from kquant_torch.archive import FOREIGN, Archive, decode
+from kquant_torch.emit_float import CHANNEL_AXIS
 from kquant_torch.program import RUNTIME, SIGNATURES, Program, Statement, array_of, calls, dotted, parse, variable
 from kquant_torch.run import facts
 from kquant_torch.runtime import FUNCTIONS
@@ -198,6 +199,10 @@ class _View:
         adds = isinstance(main, ast.Call) and "accum" in self.program.arguments(main)
         if codes is not None and not (adds and codes.size == codes.shape[0]):  # an identity kernel that adds
             return outputs * (codes.size // max(codes.shape[0], 1))
+        axis = CHANNEL_AXIS.get(dotted(main.func)) if isinstance(main, ast.Call) else None
+        if axis is not None:
+            values = array_of(main.args[1], self.archive)
+            return outputs * (values.size // max(values.shape[axis], 1))
         if isinstance(main, ast.Call) and dotted(main.func) == f"{RUNTIME}matmul":
             inner = self.described.get(variable(main.args[0]), {}).get("shape", [0])[-1]
             return outputs * int(inner or 0)

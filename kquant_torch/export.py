@@ -17,7 +17,7 @@ from kquant.core.lower import lower
 from kquant.core.ready import check_integer, check_ranges, check_started
 from kquant.core.reports import ExportReport
 from kquant.core.target import Target
-from kquant_torch import emit_add, emit_linear, emit_shapes  # noqa: F401  entering their writing functions
+from kquant_torch import emit_add, emit_float, emit_linear, emit_shapes  # noqa: F401  entering their writing functions
 from kquant_torch.archive import encode
 from kquant_torch.audit import audit_bytes
 from kquant_torch.emit import Emitter

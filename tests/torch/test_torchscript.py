@@ -178,6 +178,21 @@ def test_an_excluded_layer_is_named_and_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("layer", ["stem", "depth", "up", "head"])
+def test_an_allowed_float_layer_runs_in_float_and_is_named(tmp_path, layer):
+    qmodel = trained([{"q_bits": 8, "op_types": ["default"]}, {"op_names": [layer], "exclude": True}])
+    path = tmp_path / "m.pt"
+    report = kquant_torch.export_torchscript(qmodel, path, example_inputs=images(), allow_float=True)
+    assert not report.fully_integer and layer in report.floats
+    audit = kquant_torch.audit(path)
+    assert layer in {op.name for op in audit.float_ops} and 0 < audit.integer_mac_fraction < 1
+    assert kquant_torch.verify(qmodel, path, images(16).numpy()).ok
+    with torch.no_grad():
+        expected = qmodel(images(64))
+    # A code of the quantized layers that falls the other way moves an output by little.
+    torch.testing.assert_close(kquant_torch.load_artifact(path)(images(64)), expected, rtol=0.05, atol=0.1)
+
+
 def test_ranges_that_were_never_set_are_refused(tmp_path):
     qmodel = kquant_torch.wrap(Net().eval(), example_inputs=images())
     with pytest.raises(ExportError, match="calibration_data="):
