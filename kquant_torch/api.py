@@ -24,7 +24,7 @@ from kquant_torch.root import is_quantized
 from kquant_torch.trace import Inputs, NotTraceable, as_arguments
 from kquant_torch.untraced import attach_hooks, calibrate_untraced, is_untraced, read_untraced
 
-TARGETS = ("onednn", "onednn_fused")
+TARGETS = ("onednn",)
 OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
 PORTABLE_MAX = 63  # codes; two products of u8 and s8 then fit the int16 that CPUs without VNNI add them in
 
@@ -170,7 +170,7 @@ def wrap(
         observer: how calibration picks ranges: `"auto"` (min-max; MSE at 4 bits and less), `"minmax"`,
             `"percentile"`, `"mse"`, `"ema"`.
         portable: weight codes within ±63, so that the artifact gives the same values on CPUs without VNNI.
-        target: `"onednn"`, or `"onednn_fused"`, whose convolutions add before they round.
+        target: `"onednn"`.
 
     Returns:
         A module of a subclass of the model's own class, with the same modules, parameters, attributes and hooks.

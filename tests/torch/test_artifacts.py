@@ -8,7 +8,6 @@ import kquant_torch
 
 CONFIGS = {
     "W8A8": None,
-    "naive": [{"q_bits": 8, "op_types": ["default"], "quantizer": "naive"}],
     "W4A4": [{"q_bits": 4, "op_types": ["default"]}],
     "DoReFa W2A3": [{"q_bits": {"weight": 2, "output": 3}, "op_types": ["default"], "quantizer": "dorefa"}],
 }
