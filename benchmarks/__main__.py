@@ -17,7 +17,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 # By the framework that they need; without names, those of the frameworks that are installed run.
 BY_FRAMEWORK = {
     "tensorflow": ("speed", "artifact", "accuracy", "fashion", "keras2", "tf1"),
-    "torch": ("torch_artifact",),
+    "torch": ("torch_speed", "torch_artifact", "torch_accuracy"),
 }
 NAMES = tuple(name for names in BY_FRAMEWORK.values() for name in names)
 

@@ -14,18 +14,21 @@ from kquant.core.calibration import calibrate as calibrate_graph
 from kquant.core.config import Candidate, Entry, match, parse
 from kquant.core.errors import ConfigError, ModelError, nearest
 from kquant.core.graph import Op
-from kquant.core.int8_spec import Placement, row_of
+from kquant.core.int8_spec import ROWS, Placement, row_of
 from kquant.core.placement import place
 from kquant.core.plan import Plan
 from kquant_torch.attach import attach
 from kquant_torch.data import arrays_of
 from kquant_torch.read import Reading, read, read_code
 from kquant_torch.root import is_quantized
+from kquant_torch.target import ONEDNN
 from kquant_torch.trace import Inputs, NotTraceable, as_arguments
 from kquant_torch.untraced import attach_hooks, calibrate_untraced, is_untraced, read_untraced
 
 TARGETS = ("onednn",)
 OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
+# What trains quantized: the ops that have an integer kernel here, and those that keep their arithmetic in float.
+TRAINED = dataclasses.replace(ONEDNN, rows={**ROWS, **ONEDNN.rows})
 PORTABLE_MAX = 63  # codes; two products of u8 and s8 then fit the int16 that CPUs without VNNI add them in
 
 
@@ -61,7 +64,7 @@ def _in_default(reading: Reading, op: Op) -> bool:
 
 def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable: bool) -> Plan:
     graph = reading.graph
-    made = place(graph, _entries(reading, config_list, quantizer))
+    made = place(graph, _entries(reading, config_list, quantizer), TRAINED)
     if not any(row_of(op.kind).placement not in (Placement.IDENTITY, Placement.OPAQUE) for op in graph.ops):
         raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
     made = _with_places(made)

@@ -160,6 +160,7 @@ def test_recurrent_layers_train_on_quantized_weights_and_the_plan_says_that_they
     plan = kt.plan(model, config, example_inputs=x)
     assert plan.floats["cell"].startswith("no integer kernel: its weights are quantized")
     assert plan.weights["cell"].bits == 3
+    assert {row.layer: row.kernel for row in plan.rows}["head"] == "onednn::qlinear_pointwise"
     qmodel = kt.wrap(model, config, example_inputs=x, calibration_data=x)
     seen = qmodel.cell.weight_quantizers["weight_hh_l1_reverse"](qmodel.cell.weight_hh_l1_reverse)
     assert max(len(torch.unique(row)) for row in seen) <= 7  # codes -3 .. 3 in each row
