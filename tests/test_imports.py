@@ -1,6 +1,7 @@
 """What may import what: the rules that keep the front ends apart, and the registration of layers in either order."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import pathlib
 import re
@@ -14,7 +15,10 @@ import kquant
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("tensorflow", "keras", "tf_keras", "torch", "ai_edge_litert", "tensorflow_model_optimization")
-needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+# Not by find_spec: the folder tests/torch is on the path, and is a namespace of that name where torch is not installed.
+needs_torch = pytest.mark.skipif(
+    not any(importlib.metadata.distributions(name="torch")), reason="torch is not installed"
+)
 needs_keras = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="keras is not installed")
 
 
