@@ -39,8 +39,8 @@ class Case:
 
 
 CASES = {
-    "W8A8": Case(None, Recipe(3e-5, freeze_batch_norm=0.0), 0.25),
-    "W4A4": Case(config(4, 4), Recipe(1e-3), 1.5),
+    "W8A8": Case(None, Recipe(2e-5, freeze_batch_norm=0.0), 0.25),
+    "W4A4": Case(config(4, 4), Recipe(3e-4, freeze_batch_norm=0.0), 1.5),
     "W2A2": Case(config(2, 2, "qat", FIRST_AND_LAST), Recipe(2e-3), 7.0),
     "DoReFa W4A4": Case(config(4, 4, "dorefa"), Recipe(1e-3), 2.0),
 }

@@ -32,7 +32,8 @@ def loaded(data: bytes, where: str) -> Any:
             where,
             "a build of torch with oneDNN",
             "torch.backends.mkldnn.is_available() is False",
-            'This file is for oneDNN kernels; engines without it need an export with backend="quantized", which kquant lacks',
+            "This file is for oneDNN kernels; engines without it need an export with "
+            'backend="quantized", which kquant lacks',
         )
     try:
         with warnings.catch_warnings():
