@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+OTHER = ("float16", "bfloat16", "float64")  # an input of ids has a compute dtype of integers
+
 
 def as_float32(model: Any) -> Any:
     """The model itself if it computes in float32, else a float32 copy that shares its values at this moment.
 
     Calibration and verification need the trained op in float32 (the variables are float32 in any case).
     """
-    if all(layer.compute_dtype == "float32" for layer in model._flatten_layers() if layer is not model):
+    if not any(layer.compute_dtype in OTHER for layer in model._flatten_layers() if layer is not model):
         return model
     config = _without_policy(model.get_config())
     copy = model.__class__.from_config(config)

@@ -117,3 +117,14 @@ def test_reading_a_layer_of_ones_own_warns_of_nothing(caplog):
     qmodel = kquant.quantize_model(model)
     assert caplog.records == []
     assert [v.name for v in qmodel.trainable_weights if "scale" in v.name]  # its weight trains on
+
+
+def test_a_model_of_ids_need_not_be_serializable(tmp_path):
+    """Its integer input is no reason to make a float32 copy, which a function without a name could not survive."""
+    ids = tf_keras.Input((6,), dtype="int32")
+    y = layers.Activation(lambda x: x * tf.sigmoid(1.5 * x))(layers.Embedding(11, 4)(ids))
+    model = tf_keras.Model(ids, layers.Dense(3)(y))
+    data = np.random.default_rng(0).integers(0, 11, (32, 6)).astype("int32")
+    qmodel = kquant.quantize_model(model, calibration_data=data)
+    kquant.export_tflite(qmodel, tmp_path / "m.tflite")
+    assert kquant.verify(qmodel, tmp_path / "m.tflite", data).ok
