@@ -21,5 +21,7 @@ def _converted(batch: Any) -> Any:
     if isinstance(batch, dict):
         return {k: _converted(v) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)([_converted(v) for v in batch]) if type(batch) in (tuple, list) else batch
+        # A DataLoader hands `(x, y)` over as a list.
+        together = isinstance(batch, tuple) or all(isinstance(v, (torch.Tensor, np.ndarray, dict)) for v in batch)
+        return (tuple if together else list)(_converted(v) for v in batch)
     return batch

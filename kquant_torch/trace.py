@@ -197,14 +197,14 @@ def _outline(graph: fx.Graph) -> list[Any]:
 
 
 def _drop_defaults(graph: fx.Graph, inputs: Inputs) -> None:
-    """Arguments that were left at their defaults are constants of the graph."""
-    for node in list(graph.nodes):
-        is_check = node.op == "call_function" and getattr(node.target, "__name__", "").startswith("_assert")
-        if is_check and not node.users:
-            graph.erase_node(node)
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and str(node.target).lstrip("*") not in inputs.values and not node.users:
-            graph.erase_node(node)
+    """Arguments that were left at their defaults are constants of the graph; fx only checks that they are."""
+    checks: list[fx.Node] = []
+    for node in graph.nodes:
+        is_left = node.op == "placeholder" and str(node.target).lstrip("*") not in inputs.values
+        if is_left or any(n in checks for n in node.all_input_nodes):
+            checks.append(node)
+    for node in reversed(checks):
+        graph.erase_node(node)
 
 
 # -- in-place operations and functional dropout ---------------------------------------------------------------------

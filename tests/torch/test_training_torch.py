@@ -181,3 +181,44 @@ def test_training_lowers_the_loss_of_every_quantizer():
         optimizer = torch.optim.Adam(qmodel.parameters(), 1e-2)
         losses = [float(step(qmodel, optimizer, images())) for _ in range(25)]
         assert losses[-1] < 0.8 * losses[0], quantizer
+
+
+class Pair(nn.Module):
+    """Two inputs, an argument left at its default, a layer called twice, and a dict of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, a, b, scale=None, as_dict=True):
+        hidden = torch.relu(self.shared(a)) + torch.relu(self.shared(b))
+        if scale is not None:
+            hidden = hidden * scale
+        out = self.head(hidden)
+        return {"logits": out, "hidden": (hidden,)} if as_dict else out
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_inputs_by_name_or_place_and_a_layer_called_twice(named):
+    a, b = torch.randn(8, 6), torch.randn(8, 6) * 3
+    inputs = {"b": b, "a": a} if named else (a, b)
+    qmodel = kquant_torch.wrap(Pair(), example_inputs=inputs, calibration_data=[inputs])
+    found = qmodel(b=b, a=a)
+    assert set(found) == {"logits", "hidden"} and found["hidden"][0].shape == (8, 6)
+    ranges = {name: m.range()[1] for name, m in qmodel.quantizers.named_children()}
+    # One weight spec, and a range for each call: the second input is three times the first.
+    assert isinstance(qmodel.shared.weight_quantizer, WeightQuantizer) and qmodel.shared.weight_quantizer.calls == 2
+    assert ranges["relu_2"] > 1.5 * ranges["relu"]
+    assert ranges["a"] == a.max() and ranges["b"] == b.max()
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "loader", "list", "pairs", "generator"])
+def test_calibration_data_in_any_form(kind):
+    x = torch.randn(20, 6)
+    pairs = torch.utils.data.TensorDataset(x, torch.zeros(20))
+    data = {
+        "array": x.numpy(), "tensor": x, "list": list(x.split(8)), "generator": (p for p in x.split(8)),
+        "loader": torch.utils.data.DataLoader(pairs, 8), "pairs": [(p, torch.zeros(len(p))) for p in x.split(8)],
+    }[kind]  # fmt: skip
+    qmodel = kquant_torch.wrap(nn.Sequential(nn.Linear(6, 3)), example_inputs=x[:2], calibration_data=data)
+    assert qmodel.quantizers.input.range() == (float(x.min()), float(x.max()))
