@@ -26,7 +26,7 @@ def take_state(model: GraphModel, exact: GraphModel) -> None:
             model.values.assignment(name)._update_input(1, tf.constant(model.values.known[name]))
 
 
-def deliver(model: GraphModel, state: Any = None) -> Any:
+def deliver(model: GraphModel) -> Any:
     """What the quantizer returns, the report; the session, if there is one, is brought up to date.
 
     A session keeps running the ops that it has run before as they were. So it goes on as a new one on the changed

@@ -133,7 +133,11 @@ class Reader:
         if tensor.shape.rank is None:
             fix = "Give it a shape with set_shape()"
             raise ModelError(f"tensor {tensor.name!r}", "a tensor of known rank", "unknown rank", fix)
-        self.tensors[name] = Tensor(name, tuple(tensor.shape.as_list()), tensor.dtype.base_dtype.name)
+        dtype = tensor.dtype.base_dtype
+        if dtype.is_floating and dtype != tf.float32:
+            fix = "Build the model in float32, which is what is quantized"
+            raise ModelError(f"tensor {tensor.name!r}", "a float32 tensor", dtype.name, fix)
+        self.tensors[name] = Tensor(name, tuple(tensor.shape.as_list()), dtype.name)
         return name
 
     def _source(self, source: Any, near: str, index: int) -> str:

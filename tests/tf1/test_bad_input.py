@@ -161,3 +161,11 @@ def test_what_is_no_graph():
 def test_arguments_for_graphs_only():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     refused("training=.*graphs only", kquant.QAT_Quantizer(), model, training=False, error=kquant.ConfigError)
+
+
+def test_half_precision():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float16, [None, 4], name="x")
+        tf.matmul(x, v1.get_variable("w", [4, 2], tf.float16))
+    refused("'x:0'.*float32.*float16", kquant.QAT_Quantizer(), graph)
