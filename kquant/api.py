@@ -45,6 +45,7 @@ def front_end(model: Any) -> Any:
 
     - `select(model, **which)`: the part that is meant (see `selected`);
     - `check(model)`: refuse one that cannot be changed;
+    - `prepare(model, graph, data)`: refuse what would fail in calibration before anything is changed; gives the data;
     - `deliver(model)`: what the caller gets of the quantized model.
 
     Raises:
@@ -178,6 +179,8 @@ def _quantize(
     made = place(graph, _entries(graph, config_list, quantizer))
     if not any(op.kind in ROWS and ROWS[op.kind].placement.value != "identity" for op in graph.ops):
         raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
+    if calibration_data is not None and hasattr(front, "prepare"):
+        calibration_data = front.prepare(model, graph, calibration_data)
     quantized = front.attach(made, model)
     if calibration_data is not None:
         exact = front.as_float32(quantized)

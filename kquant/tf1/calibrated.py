@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from kquant.tf1.graphs import GraphModel
+from kquant.core.calibration import batches
+from kquant.core.graph import Graph
+from kquant.tf1.graphs import GraphModel, as_model
+from kquant.tf1.read import complete, read_with_source
 from kquant.tf1.values import REFERENCES, RESOURCE, Values
 
 
 def as_float32(model: Any) -> Any:
     """The model itself: tensors of other float dtypes are refused where they are read."""
     return model
+
+
+def prepare(value: Any, graph: Graph, data: Any) -> Any:
+    """Refuse calibration that would fail, while the graph is still as it was.
+
+    Args:
+        value: the float graph, a session on it, or a `GraphModel`.
+        graph: as it was read.
+        data: for calibration. Of an iterator only the first batch can be looked at.
+
+    Returns:
+        The data to calibrate with.
+
+    Raises:
+        ModelError: no session, or variables without a value. CalibrationError: data that does not fit.
+    """
+    model = complete(as_model(value))
+    operations = [model.graph.get_operation_by_name(n) for n in read_with_source(model)[1].needed]
+    model.values.get(sorted(op.name for op in operations if op.type in (RESOURCE, *REFERENCES)))
+    if isinstance(data, Iterator):
+        head = list(islice(data, 1))
+        data = chain(head, data)
+    else:
+        head = data
+    for _ in batches(head, graph):
+        pass
+    return data
 
 
 def take_state(model: GraphModel, exact: GraphModel) -> None:

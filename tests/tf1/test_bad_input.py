@@ -120,7 +120,11 @@ def test_missing_input(tmp_path):
 
 def test_calibration_without_values():
     net = small()
+    count = len(net.graph.get_operations())
     refused(r"session that holds the values.*session=", kquant.QAT_Quantizer(), net.graph, X)
+    empty = v1.Session(graph=net.graph)
+    refused("initialized variables.*checkpoint", kquant.QAT_Quantizer(), net.graph, X, session=empty)
+    assert len(net.graph.get_operations()) == count
 
 
 def test_session_on_another_graph():
@@ -132,7 +136,11 @@ def test_calibration_data_of_the_wrong_shape():
     net = small()
     data = np.zeros((8, 3, 3, 3), np.float32)
     session = net.session()
-    refused("shape", kquant.QAT_Quantizer(), net.graph, data, session=session, error=kquant.CalibrationError)
+    count = len(net.graph.get_operations())
+    for bad in (data, [data], iter([data]), []):
+        refused("shape|batch", kquant.QAT_Quantizer(), net.graph, bad, session=session, error=kquant.CalibrationError)
+    assert len(net.graph.get_operations()) == count  # so that it can be tried again
+    kquant.QAT_Quantizer()(net.graph, iter([X[:32], X[32:]]), session=session)
 
 
 def test_op_without_an_integer_form():
