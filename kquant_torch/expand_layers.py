@@ -171,9 +171,11 @@ def _embedding_bag(site: Site, input: Any, offsets: Any = None, per_sample_weigh
 # -- attention ------------------------------------------------------------------------------------------------------
 
 
-def _attention(q: Any, k: Any, v: Any, scale: float) -> Any:
+def _attention(q: Any, k: Any, v: Any, scale: float, dropout: float = 0.0) -> Any:
     scores = torch.matmul(q, torch.transpose(k, -2, -1))
     weights = scores.tracer.create_proxy("call_function", scaled_softmax, (scores, float(scale), -1), {})
+    if dropout:
+        weights = scores.tracer.create_proxy("call_function", F.dropout, (weights, dropout), {"training": "follow"})
     return torch.matmul(weights, v)
 
 
@@ -194,7 +196,7 @@ def _multi_head(
 ) -> Any:  # fmt: skip
     m, node = site.module, site.node
     wants_scores = any(user.args[1:] != (0,) and user.users for user in node.users)
-    special = m.bias_k is not None or m.add_zero_attn or m.dropout or not m._qkv_same_embed_dim
+    special = m.bias_k is not None or m.add_zero_attn or not m._qkv_same_embed_dim
     masked = key_padding_mask is not None or attn_mask is not None or is_causal
     if wants_scores or special or masked or not m.batch_first or len(site.shape(query)) != 3:
         return None
@@ -206,7 +208,7 @@ def _multi_head(
         y = F.linear(x, weight[rows], None if bias is None else bias[rows])
         y = torch.reshape(y, (-1, site.shape(x)[1], heads, size // heads))
         parts.append(torch.transpose(y, 1, 2))
-    y = _attention(*parts, (size // heads) ** -0.5)
+    y = _attention(*parts, (size // heads) ** -0.5, m.dropout)
     y = torch.reshape(torch.transpose(y, 1, 2), (-1, site.shape(query)[1], size))
     out = F.linear(y, *(_child_parameter(site, "out_proj", n) for n in ("weight", "bias")))
     return (out, None)
@@ -216,6 +218,16 @@ def _child_parameter(site: Site, child: str, name: str) -> Any:
     if getattr(getattr(site.module, child), name) is None:
         return None
     return site.get(f"{child}.{name}")
+
+
+@expands_module(nn.TransformerEncoder)
+def _encoder(site: Site, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None) -> Any:
+    if mask is not None or src_key_padding_mask is not None or is_causal:
+        return None
+    x = src
+    for i in range(len(site.module.layers)):
+        x = site.call(f"layers.{i}", x)
+    return x if site.module.norm is None else site.call("norm", x)
 
 
 @expands_module(nn.TransformerEncoderLayer)

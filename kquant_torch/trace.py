@@ -18,6 +18,10 @@ from kquant.core.errors import ModelError
 from kquant_torch.functions import OURS, run_hooks, run_pre_hooks
 from kquant_torch.state import Stateful
 
+VIEWS = frozenset(
+    "getitem view reshape flatten unflatten squeeze unsqueeze permute transpose t select narrow chunk split unbind "
+    "expand movedim swapaxes detach contiguous".split()
+)
 COMPOSITE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 
@@ -223,6 +227,7 @@ def _out_of_place(graph: fx.Graph, model: nn.Module) -> None:
         target = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(target, fx.Node):
             continue
+        _check_alias(node, target)
         seen = False
         for user in list(graph.nodes):
             seen = seen or user is node
@@ -230,13 +235,30 @@ def _out_of_place(graph: fx.Graph, model: nn.Module) -> None:
                 user.replace_input_with(target, node)
 
 
+def _check_alias(node: fx.Node, target: fx.Node) -> None:
+    """Writing into a view changes the tensor behind it, which must have no later use."""
+    while target.op in ("call_function", "call_method") and _function_name(target) in VIEWS:
+        base = target.args[0]
+        if any(user is not target and node < user for user in base.users):
+            raise NotTraceable(f"{node.name} writes into a part of {base.name}, which is used later")
+        target = base
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def _overwrites(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_function" and node.target is operator.setitem:
+        raise NotTraceable("it assigns to a part of a tensor")
     if node.op == "call_function" and node.target in _INPLACE_OPERATORS:
         node.target = _INPLACE_OPERATORS[node.target]
         return True
     if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
         plain = node.target.rstrip("_")
-        if hasattr(torch.Tensor, plain) and plain not in ("requires_grad", "copy", "set"):
+        if plain != "requires_grad" and (not hasattr(torch.Tensor, plain) or plain in ("copy", "set")):
+            raise NotTraceable(f"it calls {node.target}, which overwrites a tensor")
+        if plain != "requires_grad":
             node.target = plain
             return True
     if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("_"):

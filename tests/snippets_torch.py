@@ -149,6 +149,13 @@ LAYERS = {
         tokens,
         ["dense"] * 4 + ["reshape", "transpose"] * 4 + ["transpose", "batch_matmul", "softmax", "batch_matmul"],
     ),
+    "encoder with dropout": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, nn.LayerNorm(8), enable_nested_tensor=False
+        ),
+        tokens,
+        ["softmax"] * 2 + ["identity"] * 8,
+    ),
     "encoder layer": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
         tokens,

@@ -111,3 +111,26 @@ def test_a_module_that_acts_in_training_only_stays_one():
     qmodel.train()(x)
     qmodel.eval()(x)
     assert (hidden[0] == 0).all(1).any() and not (hidden[1] == 0).all(1).any()
+
+
+def test_writing_into_a_part_of_a_tensor_is_not_lost():
+    class Writes(nn.Module):
+        def __init__(self, view):
+            super().__init__()
+            self.a, self.b, self.view = nn.Linear(4, 4), nn.Linear(4, 2), view
+
+        def forward(self, x):
+            y = self.a(x)
+            if self.view:
+                part = y[:, :2]
+                part.add_(5.0)
+            else:
+                y[:, 0] = 5.0
+            return self.b(y)
+
+    for view in (False, True):
+        model, x = Writes(view).eval(), torch.randn(8, 4)
+        qmodel = kquant_torch.wrap(model, example_inputs=x, calibration_data=x).eval()
+        with torch.no_grad():
+            noise = (qmodel(x) - model(x)).square().mean() / model(x).square().mean()
+        assert float(noise) < 1e-3, view
