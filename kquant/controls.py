@@ -23,7 +23,8 @@ def controlled(qmodel: Any) -> Controlled:
     found: Controlled | None = front_end(qmodel).controlled(qmodel)
     if found is None:
         fix = "Call kquant.quantize_model(model) first, and hand its result in"
-        raise ModelError(f"model {qmodel.name!r}", "a quantized model", "a model without quantizers", fix)
+        name = getattr(qmodel, "name", type(qmodel).__name__)  # a session has none
+        raise ModelError(f"model {name!r}", "a quantized model", "a model without quantizers", fix)
     return found
 
 

@@ -177,3 +177,8 @@ def test_half_precision():
         x = v1.placeholder(tf.float16, [None, 4], name="x")
         tf.matmul(x, v1.get_variable("w", [4, 2], tf.float16))
     refused("'x:0'.*float32.*float16", kquant.QAT_Quantizer(), graph)
+
+
+@pytest.mark.parametrize("control", [kquant.freeze_observers, kquant.freeze_batch_norm])
+def test_controls_of_a_float_graph(control):
+    refused("a quantized model.*quantize_model", control, small().session())

@@ -61,6 +61,9 @@ def test_monitored_session_trains_and_exports(tmp_path):
     ):
         for _ in range(4):
             session.run(train, net.feeds())
+        assert kquant.freeze_batch_norm(session) == 1
+        assert kquant.freeze_observers(session) > 3
+        session.run(train, net.feeds())
         steps = session.run(v1.train.get_global_step())
         kquant.export_tflite(session, tmp_path / "model.tflite", inputs=["x"], outputs=["probs"])
         report = kquant.verify(session, tmp_path / "model.tflite", X[:32])
