@@ -5,6 +5,8 @@ For users of tensorflow-model-optimization (tfmot) it has a `QuantizeConfig` for
 
 from functools import partial
 
+import tf_keras  # noqa: F401  before the modules below: its import makes kquant register its layers, which need them
+
 from kquant.keras2.generation import KERAS
 from kquant.keras2.quantize_config import DoReFaQuantizeConfig, NaiveQuantizeConfig, QATQuantizeConfig
 from kquant.keras2.scheme import QuantizeScheme

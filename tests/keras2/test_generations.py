@@ -78,6 +78,18 @@ assert np.array_equal(loaded(data), qmodel(data))
     assert run(program, TF_USE_LEGACY_KERAS="1") == "1 True"
 
 
+@pytest.mark.parametrize("module", ["kquant.keras2", "kquant.keras2.layers", "kquant.keras2.scheme"])
+def test_the_front_end_can_be_the_first_import(module):
+    program = f"""
+import warnings
+warnings.simplefilter("error", RuntimeWarning)
+import {module}
+import tf_keras
+print([n for n in tf_keras.saving.get_custom_objects() if n.startswith("kquant>QuantizedLayer")])
+"""
+    assert run(program) == "['kquant>QuantizedLayer']"
+
+
 def test_a_model_of_the_other_generation_is_named():
     program = f"""{NET}
 import keras, tf_keras
