@@ -17,8 +17,6 @@ from kquant.core.weights import quantize_gradient
 from kquant_torch import arrays
 from kquant_torch.fake_quantize import Delayed, straight_through
 
-_MASK = 0xFFFFFFFF
-
 
 class WeightQuantizer(Delayed):
     """Quantizes one weight each time it is used; the float parameter stays what is trained.
@@ -98,18 +96,24 @@ class _QuantizeGradient(torch.autograd.Function):
 def uniform_noise(like: torch.Tensor, seed: int, draw: torch.Tensor) -> torch.Tensor:
     """Noise in [-0.5, 0.5), in the shape of `like`: a hash of (seed, draw, position), so a step can be repeated.
 
-    The hash is the finalizer of MurmurHash3 (Appleby, public domain), on 32-bit numbers held in int64.
+    The hash is the finalizer of MurmurHash3 (Appleby, public domain), in int32, whose products wrap around.
     """
-    position = torch.arange(like.numel(), device=like.device, dtype=torch.int64)
-    start = _mixed((draw * 0x9E3779B1 + seed) & _MASK)
-    bits = _mixed((position * 0x85EBCA77 + start) & _MASK)
-    return (bits.to(torch.float32) * 2.0**-32 - 0.5).clamp(max=0.49999997).reshape(like.shape)
+    start = _mixed(draw.to(torch.int32) * _signed(0x9E3779B1) + _signed(seed))
+    position = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
+    bits = _mixed(position.mul_(_signed(0x85EBCA77)).add_(start))
+    return bits.to(torch.float32).mul_(2.0**-32).clamp_(max=0.49999997).reshape(like.shape)
+
+
+def _signed(x: int) -> int:
+    """A 32-bit number as int32 holds it."""
+    return x - 2**32 if x >= 2**31 else x
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
-    return x ^ (x >> 16)
+    """The finalizer, in place; shifts keep the sign, which the masks take away."""
+    x = x.bitwise_xor_((x >> 16) & 0xFFFF).mul_(_signed(0x85EBCA6B))
+    x = x.bitwise_xor_((x >> 13) & 0x7FFFF).mul_(_signed(0xC2B2AE35))
+    return x.bitwise_xor_((x >> 16) & 0xFFFF)
 
 
 class QuantizedLayer:

@@ -123,9 +123,11 @@ def test_compiles_without_a_graph_break(quantizer):
         optimizer = torch.optim.SGD(model.parameters(), 1e-2)
         for _ in range(3):
             step(called, optimizer, images(8))
-    # Values on a rounding boundary may fall to the other side: eager mode multiplies and adds in one operation.
+    # Values on a rounding boundary may fall to the other side (eager mode multiplies and adds in one operation), and so
+    # may gradients of six bits, whose step is 1/63 of the largest.
+    near = 5e-2 if "G6" in quantizer else 2e-2
     pairs = zip(qmodel.state_dict().values(), twin.state_dict().values(), strict=True)
-    assert all(torch.allclose(a.double(), b.double(), rtol=1e-2, atol=2e-2) for a, b in pairs)
+    assert all(torch.allclose(a.double(), b.double(), rtol=1e-2, atol=near) for a, b in pairs)
     torch._dynamo.reset()
 
 
