@@ -33,7 +33,9 @@ def _has_kernel(e: Emitter, op: IntOp) -> bool:
 def _may_overwrite(e: Emitter, tensor: str) -> bool:
     """Whether nobody else reads a tensor that a kernel has just made."""
     producer = e.producers.get(tensor)
-    return e.readers[tensor] == 1 and producer is not None and producer.kind in FRESH
+    if e.readers[tensor] != 1 or producer is None or producer.kind not in FRESH:
+        return False
+    return producer.kind not in ("add", "sub") or _has_kernel(e, producer)
 
 
 def _by_kernel(e: Emitter, op: IntOp) -> str:

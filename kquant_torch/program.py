@@ -25,7 +25,7 @@ ACCUMULATING = (
     " dtype accum_scale accum_zero_point binary_attr alpha attr scalars algorithm"
 )
 LINEAR = "x x_scale x_zero_point kernel kernel_scale kernel_zero bias scale zero_point dtype attr scalars algorithm"
-PACKING = "kernel kernel_scale x_scale x_zero_point stride padding dilation groups"
+PACKING = "kernel kernel_scale x_scale x_zero_point stride padding dilation groups x_shape"
 SIGNATURES: dict[str, tuple[str, ...]] = {
     "ops.onednn.qconv_pointwise": tuple(CONVOLUTION.split()),
     "ops.onednn.qconv2d_pointwise": tuple(ACCUMULATING.split()),

@@ -141,7 +141,8 @@ def _found(op: IntOp, program: Program, archive: Archive, expression: Any, model
     assert source is not None
     unit = bias_unit(source, scale)
     steps = bias / unit
-    on_grid = np.abs(steps - np.round(steps)) <= 1e-3 + 1e-7 * np.abs(steps)  # a multiple, to float32's last bits
+    last_bits = 1e-7 * np.abs(steps)  # of a float32; where they are no less than the unit, there is no grid
+    on_grid = (np.abs(steps - np.round(steps)) <= 1e-3 + last_bits) & (last_bits < 0.1)
     held = np.where(on_grid, np.round(steps) * unit, bias)
     return Found(codes, scale, held, np.where(on_grid, unit, np.abs(bias) * FLOAT_UNIT + 1e-30))
 
