@@ -49,13 +49,13 @@ class Evaluator:
     """
 
     def __init__(self, graph: Any, values: Values, statistics: Mapping[str, str]):
+        self._session: Any = None
         self.graph, self.values, self.statistics = graph, values, statistics
         self._islands: dict[Any, _Island] = {}
         self._behind = marks.standing_for(graph, marks.TRANSPARENT)
         self._known: dict[Any, list[np.ndarray]] = {}
         self._functions: dict[Any, tuple[list[Any], list[Any]]] = {}
         self._own = tf.Graph()
-        self._session: Any = None
 
     def run(
         self,

@@ -75,8 +75,10 @@ class Values:
         """Other values for a while, which nothing writes to the session."""
         before = self.get(values)
         self.set(values, changed=False)
-        yield
-        self.set(before, changed=False)
+        try:
+            yield
+        finally:
+            self.set(before, changed=False)
 
     def commit(self, again: Iterable[str] = ()) -> None:
         """Write what changed, and the variables named, to the session if there is one."""
