@@ -41,7 +41,10 @@ class Builder:
             self._op(op)
         names = iter(self.graph.outputs)
         outputs = self.tree.map_structure(lambda _: self._finished(next(names)), results)
-        return self.generation.keras.Model(inputs, outputs, name=model.name)
+        quantized = self.generation.keras.Model(inputs, outputs, name=model.name)
+        # Losses and metrics by output name, as the training script has them.
+        quantized.output_names = list(form.output_names)
+        return quantized
 
     def _input(self, tensor: Any) -> Any:
         g, name = self.generation, self.generation.maker(tensor)[0].name

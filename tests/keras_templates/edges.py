@@ -253,3 +253,15 @@ def test_an_ellipsis_whose_shape_keras_misstates_is_refused(tmp_path):
         exported(keras.Model(x, y), RNG.normal(size=(16, 5, 4, 6)), tmp_path / "m.tflite")
         return
     refused(UnsupportedError, ("'einsum'", "letters"), kquant.quantize_model, keras.Model(x, y))
+
+
+def test_losses_by_the_output_names_of_the_float_model():
+    x = keras.Input((4,), name="x")
+    probs, size = layers.Dense(3, activation="softmax", name="probs")(x), layers.Dense(1, name="size")(x)
+    qmodel = kquant.quantize_model(keras.Model(x, [probs, size]), calibration_data=X[:, 0, 0])
+    losses = {"probs": "sparse_categorical_crossentropy", "size": "mse"}
+    qmodel.compile("sgd", loss=losses, metrics={"probs": ["accuracy"]})
+    before = qmodel.get_weights()
+    history = qmodel.fit(X[:, 0, 0], {"probs": np.zeros(32), "size": np.ones((32, 1))}, verbose=0).history
+    assert {"probs_loss", "size_loss", "probs_accuracy"} <= set(history)
+    assert any(not np.array_equal(a, b) for a, b in zip(before, qmodel.get_weights(), strict=True))
