@@ -241,7 +241,7 @@ def _gelu(r: Reader, node: fx.Node, input: Any, approximate: str = "none") -> An
 
 
 @reads("elu")
-def _elu(r: Reader, node: fx.Node, input: Any, alpha: float = 1.0) -> Any:
+def _elu(r: Reader, node: fx.Node, input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
     return r.add("elementwise", node, [input], {"fn": "elu" if alpha == 1 else "scaled elu"})
 
 

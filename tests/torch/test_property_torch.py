@@ -1,0 +1,104 @@
+"""Random models of torch through the whole way: wrap, calibrate, perhaps a training step, export, audit, verify."""
+
+from collections import Counter
+
+import hypothesis
+import pytest
+import torch
+from build_torch import build
+from descriptions import Description, models
+
+import kquant_torch
+from kquant_torch.export import integer_model, quantized_graph
+from kquant_torch.target import ONEDNN
+
+VERIFIED = 48  # samples; an op's mean error, whose limit is 0.02 codes, means nothing on a handful of values
+FULL, LEAST = 150, 5
+SEEN: Counter = Counter()
+# Random weights and six samples of calibration make ranges that no kernel can hold: refused by the tensor's name.
+MOST_REFUSED = 0.02
+
+
+def pytest_generate_tests(metafunc):
+    if "index" in metafunc.fixturenames:
+        metafunc.parametrize("index", range(metafunc.config.getoption("models")))
+
+
+def data(description: Description, salt: int, samples: int = 6) -> torch.Tensor:
+    """Samples as torch takes them: ids as int64."""
+    x = torch.from_numpy(description.data(salt, samples))
+    return x.long() if description.vocabulary else x
+
+
+def quantized(description: Description) -> torch.nn.Module:
+    """The quantized model of a description, calibrated, and trained for one step if it says so."""
+    torch.manual_seed(description.seed)
+    x = data(description, 0)
+    model = kquant_torch.wrap(build(description), list(description.config), example_inputs=x[:2], calibration_data=[x])
+    if description.train and list(model.parameters()):
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        made = model.train()(data(description, 1))
+        made = made if isinstance(made, tuple) else (made,)
+        sum(y.square().mean() for y in made).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model.eval()
+
+
+def occurrences(model: torch.nn.Module, description: Description) -> set:
+    """What a quantized model holds: table rows, bits of activations and weights, quantizers."""
+    integer = integer_model(quantized_graph(model))
+    ops = [op for op in integer.ops if op.parts]
+    found: set = {("row", part.kind) for op in ops for part in op.parts} - {("row", "fake_quant")}
+    found |= {("activation bits", integer.tensors[op.outputs[0]].affine.bits) for op in ops}
+    formulas = [part.attrs["formula"] for op in ops for part in op.parts if "formula" in part.attrs]
+    found |= {("weight bits", formula.bits) for formula in formulas}
+    return found | {("quantizer", entry["quantizer"]) for entry in description.config}
+
+
+def check(description: Description, folder) -> set:
+    """Assert the contract of an export on one model; returns what occurred in it."""
+    model = quantized(description)
+    first, second = folder / "first.pt", folder / "second.pt"
+    x = data(description, 0)[:2]
+    try:
+        kquant_torch.export_torchscript(model, first, example_inputs=x)
+    except kquant_torch.RangeError as refusal:
+        assert refusal.where.startswith("tensor ") and not first.exists()
+        return {("refused", "by the name of the tensor")}
+    assert kquant_torch.audit(first).fully_integer
+    report = kquant_torch.verify(model, first, [data(description, 2, VERIFIED)])
+    assert report.ok, report.problems
+    kquant_torch.export_torchscript(model, second, example_inputs=x)
+    assert first.read_bytes() == second.read_bytes()
+    return occurrences(model, description)
+
+
+@pytest.mark.filterwarnings("ignore:DoReFa clips activations")
+def test_random_model_keeps_the_contract(index, tmp_path, record_property):
+    kept: list[set] = []
+
+    @hypothesis.seed(index)
+    @hypothesis.settings(
+        max_examples=1, deadline=None, database=None, report_multiple_bugs=False,
+        phases=[hypothesis.Phase.generate], suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(models(index))
+    def one(description):
+        kept.append(check(description, tmp_path))
+
+    one()
+    SEEN.update(["models", *kept[-1]])
+    record_property("occurred", sorted(kept[-1], key=str))
+
+
+def test_everything_occurred():
+    """In the full run each row, bit width and quantizer occurred at least five times."""
+    if SEEN["models"] < FULL:
+        pytest.skip(f"asked of at least {FULL} models in one process; {SEEN['models']} passed here")
+    assert SEEN["refused", "by the name of the tensor"] <= MOST_REFUSED * SEEN["models"]
+    wanted = [("row", kind) for kind in ONEDNN.rows]
+    wanted += [("weight bits", b) for b in range(1, 9)] + [("activation bits", b) for b in range(1, 9)]
+    wanted += [("quantizer", q) for q in ("qat", "naive", "dorefa")]
+    rare = {key: SEEN[key] for key in wanted if SEEN[key] < LEAST}
+    assert not rare, rare
