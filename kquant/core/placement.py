@@ -8,38 +8,20 @@ that edge, which the trained model simulates like every other fake quantization.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from kquant.core.affine import Affine
 from kquant.core.config import Entry
 from kquant.core.errors import ConfigError, UnsupportedError
 from kquant.core.graph import Graph, Op
 from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
+from kquant.core.needs import Need
 from kquant.core.plan import Plan, PlanRow, Site, Spec, WeightSpec
 from kquant.core.stages import Stage, stages
 from kquant.core.target import TFLITE, Target
 
 NON_NEGATIVE = frozenset({"relu", "softplus", "hard_sigmoid", "exponential", "squareplus", "abs", "sqrt", "rsqrt"})
 NON_NEGATIVE |= {f"keras.ops.{name}" for name in ("Abs", "Square", "Exp", "Softplus", "HardSigmoid", "Sqrt")}
-
-
-@dataclass(frozen=True)
-class _Need:
-    """What a class of joined tensors asks of its range."""
-
-    bits: int
-    fixed: Affine | None = None
-    unit: bool = False
-    symmetric: bool = False
-    nonneg: bool = False
-    start_step: int = 0
-    naive: bool = False
-
-    def joins(self, other: _Need) -> bool:
-        """Whether two classes can share one range."""
-        same = (self.bits, self.unit, self.symmetric) == (other.bits, other.unit, other.symmetric)
-        return same and self.fixed == other.fixed
 
 
 class Placer:
@@ -50,7 +32,7 @@ class Placer:
         self.producers = graph.producers()
         self.stages = stages(graph, self._not_excluded, target)
         self.parent: dict[str, str] = {}
-        self.needs: dict[str, _Need] = {}
+        self.needs: dict[str, Need] = {}
         self.sites: list[tuple[tuple[Any, ...], str, bool]] = []  # (place, tensor of the class, observes)
         self.redirected: dict[tuple[str, int], str] = {}
         self.weights: dict[str, WeightSpec] = {}
@@ -66,10 +48,10 @@ class Placer:
             tensor = self.parent[tensor]
         return tensor
 
-    def _need(self, tensor: str) -> _Need:
+    def _need(self, tensor: str) -> Need:
         return self.needs[self._find(tensor)]
 
-    def _new(self, tensor: str, need: _Need) -> None:
+    def _new(self, tensor: str, need: Need) -> None:
         self.parent[tensor] = tensor
         self.needs[tensor] = need
 
@@ -180,7 +162,7 @@ class Placer:
                     "Leave the input out of the entry, or exclude its readers too",
                 )
         delay = entry.start_step if entry is not None else 0
-        self._new(tensor, _Need(bits, start_step=delay, naive=entry is not None and entry.quantizer == "naive"))
+        self._new(tensor, Need(bits, start_step=delay, naive=entry is not None and entry.quantizer == "naive"))
         self.sites.append((("tensor", tensor), tensor, True))
 
     def _model_input(self, tensor: str) -> str | None:
@@ -209,9 +191,9 @@ class Placer:
             wide = False
         for index in ranged:
             if (self._need(op.inputs[index]).bits == 16) != wide:
-                self._edge(op, index, _Need(16 if wide else 8))
+                self._edge(op, index, Need(16 if wide else 8))
 
-    def _edge(self, op: Op, index: int, need: _Need) -> None:
+    def _edge(self, op: Op, index: int, need: Need) -> None:
         """A requantize that only this reader sees, on a range of its own."""
         alias, entry = f"{op.id}/operand{index}", self.entries[op.id]
         self._new(alias, replace(need, start_step=entry.start_step if entry is not None else 0))
@@ -254,7 +236,7 @@ class Placer:
             return 8
         return entry.output_bits
 
-    def _output_need(self, stage: Stage) -> _Need:
+    def _output_need(self, stage: Stage) -> Need:
         entry = self._output_entry(stage)
         bits = self._output_bits(stage) or 8
         row = stage.row
@@ -266,9 +248,9 @@ class Placer:
         activation = stage.relu is not None or stage.anchor.kind in ("relu", "elementwise", "sigmoid")
         nonneg = stage.output in self.nonneg
         if dorefa and activation and nonneg and stage.output not in self.to_output:
-            return _Need(bits, unit=True, nonneg=True, **common)
+            return Need(bits, unit=True, nonneg=True, **common)
         if row.fixed is not None and bits <= 8:
-            return _Need(bits, fixed=row.fixed.narrowed(bits), nonneg=row.nonneg, **common)
+            return Need(bits, fixed=row.fixed.narrowed(bits), nonneg=row.nonneg, **common)
         if bits == 1 and not nonneg and entry is not None:
             raise ConfigError(
                 f"config_list[{entry.index}]['q_bits']",
@@ -277,7 +259,7 @@ class Placer:
                 "Use 2 bits or more there, or an activation function that is never negative",
             )
         symmetric = entry is not None and entry.output_symmetric
-        return _Need(bits, symmetric=symmetric, nonneg=nonneg and not symmetric, **common)
+        return Need(bits, symmetric=symmetric, nonneg=nonneg and not symmetric, **common)
 
     def _place_output(self, stage: Stage) -> None:
         need, fixed = self._output_need(stage), stage.row.fixed
@@ -286,7 +268,7 @@ class Placer:
                 continue
             if stage.anchor.kind == "softmax" and need.fixed != fixed:
                 # No table can stand for softmax: the kernel writes its own grid, and a requantize follows.
-                self._new(f"{tensor}/kernel", _Need(8, fixed=fixed, nonneg=True))
+                self._new(f"{tensor}/kernel", Need(8, fixed=fixed, nonneg=True))
                 self.sites.append((("tensor", tensor), f"{tensor}/kernel", False))
             self._new(tensor, need)
             self.sites.append((("tensor", tensor), tensor, need.fixed is None and not need.unit))
@@ -356,7 +338,7 @@ class Placer:
                 if need.fixed is None and not need.unit and need.bits == 8:
                     self.needs[self._find(tensor)] = replace(need, symmetric=True, nonneg=False)
                 elif need.fixed is None or need.fixed.zero_point != 0:
-                    self._edge(op, index, _Need(8, symmetric=True))
+                    self._edge(op, index, Need(8, symmetric=True))
 
     def _row(self, stage: Stage, specs: Mapping[str, Spec], edges: Mapping[tuple[str, int], Site]) -> PlanRow:
         op = stage.anchor
