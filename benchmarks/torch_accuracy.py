@@ -18,6 +18,7 @@ from benchmarks.statistics import mean_difference, paired_difference
 from benchmarks.table import Row
 from benchmarks.torch_finetune import Recipe, classes, finetune
 from benchmarks.torch_resnet import normalized, pretrained
+from benchmarks.torch_unit import within_unit
 
 CALIBRATION = 1000  # training images that ranges are calibrated on
 FIRST_AND_LAST = {"q_bits": 8, "op_names": ["conv1", "linear"]}
@@ -31,18 +32,26 @@ def config(weight: int, output: int, quantizer: str = "qat", *more: dict) -> lis
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A setting that is trained: its config, its recipe, and the bar of its mean drop in points."""
+    """A setting that is trained.
+
+    Args:
+        config: a `config_list`.
+        recipe: how it is trained.
+        drop: the bar of its mean drop in points.
+        unit: start from the same network with activations in [0, 1], and statistics of the quantized weights.
+    """
 
     config: Any
     recipe: Recipe
     drop: float
+    unit: bool = False
 
 
 CASES = {
     "W8A8": Case(None, Recipe(2e-5, freeze_batch_norm=0.0), 0.25),
     "W4A4": Case(config(4, 4), Recipe(3e-4, freeze_batch_norm=0.0), 1.5),
     "W2A2": Case(config(2, 2, "qat", FIRST_AND_LAST), Recipe(2e-3), 7.0),
-    "DoReFa W4A4": Case(config(4, 4, "dorefa"), Recipe(1e-3), 2.0),
+    "DoReFa W4A4": Case(config(4, 4, "dorefa"), Recipe(1e-3), 2.0, unit=True),
 }
 
 
@@ -82,7 +91,10 @@ def trained(
     runs = []
     for seed in range(1 if settings.quick else settings.seeds):
         torch.manual_seed(seed)
-        qmodel = kquant_torch.wrap(model, case.config, example_inputs=x[:2], calibration_data=images[:CALIBRATION])
+        start_from = within_unit(model, images[:CALIBRATION]) if case.unit else model
+        qmodel = kquant_torch.wrap(start_from, case.config, example_inputs=x[:2], calibration_data=images[:CALIBRATION])
+        if case.unit:
+            kquant_torch.reestimate_batch_norm(qmodel, images[:CALIBRATION])
         if not runs:
             start = 100 * (classes(qmodel, x) == y).mean()
         finetune(qmodel, model, images, recipe, seed)

@@ -33,7 +33,7 @@ Arithmetic and functions:
 
 Windows and shapes:
     max_pool2d: `rank`, `kernel_size`, `stride`, `padding`, `dilation`, `ceil_mode`.
-    avg_pool2d: `rank`, `kernel_size`, `stride`, `padding`, `ceil_mode`, `count_include_pad`, `divisor_override`.
+    avg_pool2d: `rank`, `kernel_size`, `stride`, `padding` (which counts); windows of one size, divided by it.
     concat: `dim`. reshape: `shape`, the output's, None where it follows the batch.
     transpose: `dims`; output axis i is input axis dims[i].
     strided_slice: `begin`, `end` (None: to the end), `strides`, one per input axis; `shrink`: axes dropped afterwards.

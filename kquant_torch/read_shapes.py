@@ -50,11 +50,13 @@ def _avg_pool(
     spatial = r.sizes(input)[2:]
     if attrs["kernel_size"] == tuple(spatial) and not any(attrs["padding"]) and divisor_override is None:
         return _over_everything(r, node, input, "mean")
-    attrs |= {
-        "ceil_mode": bool(ceil_mode),
-        "count_include_pad": bool(count_include_pad),
-        "divisor_override": divisor_override,
-    }
+    if divisor_override not in (None, int(np.prod(attrs["kernel_size"]))):
+        raise Refused("an average with a divisor of its own has no kernel; multiply by a constant behind a plain one")
+    if any(attrs["padding"]) and not count_include_pad:
+        raise Refused("an average that leaves its padding out has windows of different sizes")
+    windows = zip(spatial, attrs["kernel_size"], attrs["stride"], attrs["padding"], r.sizes(node)[2:], strict=True)
+    if any((n + 2 * pad - size) // step + 1 != given for n, size, step, pad, given in windows):
+        raise Refused("an average with ceil_mode=True has windows of different sizes at the edge")
     return r.add("avg_pool2d", node, [input], attrs)
 
 
@@ -88,11 +90,9 @@ def _adaptive(r: Reader, node: fx.Node, input: Any, output_size: Any, whole: str
     window = tuple(n // m for n, m in zip(wanted, sizes, strict=True))
     if set(window) == {1}:
         return r.add("identity", node, [input], call=lambda values, float_weights=False: [values[0]])
-    attrs = {"rank": rank, "kernel_size": window, "stride": window, "padding": (0,) * rank, "ceil_mode": False}
-    if windowed == "avg_pool2d":
-        attrs |= {"count_include_pad": True, "divisor_override": None}
-    else:
-        attrs |= {"dilation": (1,) * rank}
+    attrs = {"rank": rank, "kernel_size": window, "stride": window, "padding": (0,) * rank}
+    if windowed == "max_pool2d":
+        attrs |= {"dilation": (1,) * rank, "ceil_mode": False}
     return r.add(windowed, node, [input], attrs)
 
 

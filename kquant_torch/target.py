@@ -3,7 +3,8 @@
 Placement is TFLite's, so a model has the same ranges and codes in every artifact; a row here says what computes it. All
 were measured in torch 2.13 on AVX512-VNNI and with ONEDNN_MAX_CPU_ISA=AVX2, on random codes of all values and many
 scales, against the exact result: none is off by more than perfect rounding (0.5 codes) and the last bit of a float32 or
-of an integer factor, which `EXACT` covers. `tests/torch/test_kernels.py` repeats it.
+of an integer factor, which `EXACT` covers. `tests/torch/test_artifacts.py` holds
+each to its bound, inside of models.
 
 What torch offers and this table does not use, measured as well: `onednn::qadd` and `qmul` give wrong values nearly
 everywhere; `onednn::qlinear_pointwise` with a weight that was not prepacked ends the process; bilinear interpolation of

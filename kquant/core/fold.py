@@ -67,7 +67,17 @@ def folded_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]
         bias = bias * factor + offset
         codes = from_channel(op, by_channel(op, codes) * np.where(factor < 0, -1.0, 1.0))
         scale = scale * np.abs(factor)
-    for what, values in (("kernel", codes), ("scale", scale), ("bias", bias)):
+    check_finite(op, kernel=codes, scale=scale, bias=bias)
+    return codes, scale, bits, bias
+
+
+def check_finite(op: Op, **arrays: np.ndarray) -> None:
+    """Refuse what training made NaN or infinite.
+
+    Raises:
+        ModelError: naming the layer and the array.
+    """
+    for what, values in arrays.items():
         if not np.isfinite(values).all():
             raise ModelError(
                 f"layer {op.layer!r}",
@@ -75,7 +85,6 @@ def folded_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]
                 "NaN or infinity",
                 "Training diverged; lower the learning rate",
             )
-    return codes, scale, bits, bias
 
 
 def trained_bias(op: Op) -> np.ndarray:

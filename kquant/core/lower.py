@@ -12,7 +12,7 @@ import numpy as np
 
 from kquant.core.affine import INT8_MAX, Affine
 from kquant.core.errors import RangeError, UnsupportedError
-from kquant.core.fold import fold
+from kquant.core.fold import check_finite, fold
 from kquant.core.graph import Graph, Op, Shape
 from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
@@ -249,8 +249,9 @@ class Lowering:
         exact = self.target.exact_constants and op.kind in ("add", "sub", "mul")
         inputs = tuple(self._exact(t) if exact else self._operand(t, 16 if affine.bits == 16 else 8) for t in op.inputs)
         if op.kind == "embedding":
-            codes, scale = op.attrs["codes"]()
-            attrs = {**attrs, "constant": affine.quantize(np.asarray(codes) * scale)}
+            codes, scale = (np.asarray(a) for a in op.attrs["codes"]())
+            check_finite(op, table=codes * scale)
+            attrs = {**attrs, "constant": affine.quantize(codes * scale)}
         elif stage.row.weighted:
             weight = self._fold(stage, inputs[0], affine)
             if self._is_coarse(inputs[0], weight, affine):
@@ -366,6 +367,7 @@ def slope_table(op: Op, source: Affine, target: Affine) -> tuple[np.ndarray, tup
     """PReLU as one table per slope, one behind the other, and the shape in which the slopes broadcast."""
     codes, scale = (np.asarray(a, np.float32) for a in op.attrs["codes"]())
     slopes = codes * scale
+    check_finite(op, slope=slopes)
     if slopes.size * 256 > LARGEST_TABLE:
         raise UnsupportedError(
             f"layer {op.layer!r} ({op.type_name})",
