@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -186,7 +187,28 @@ class Watch:
                 quantizer.set_range(*self.limits[op.id], op.attrs["site"], held=True)
             elif key in self.watchers:
                 low, high = self.watchers[key].range(op.inputs[0])
+                low, high = _wide_enough(graph, op, low, high)
                 quantizer.set_range(low, high, op.attrs["site"], self.typical[key].shares(float(low), float(high)))
+
+
+def _wide_enough(graph: Graph, op: Op, low: np.float32, high: np.float32) -> tuple[np.float32, np.float32]:
+    """The range of a mean, at least one step of what it averages, divided by their number.
+
+    The mean of a tensor that is centred already (a normalization behind a normalization) is nothing but float32's
+    rounding in calibration, where activations are not quantized yet; with quantized ones it comes in those steps.
+    """
+    producers = graph.producers()
+    mean = producers.get(op.inputs[0])
+    marker = producers.get(mean.inputs[0]) if mean is not None and mean.kind == "mean" else None
+    if mean is None or marker is None or marker.kind != "fake_quant":
+        return low, high
+    counts = [math.prod(n for n in graph.tensors[t].shape if n is not None) for t in (mean.inputs[0], mean.output)]
+    first, last = marker.attrs["quantizer"].range()
+    step = (float(last) - float(first)) / (2 ** marker.attrs["quantizer"].bits - 1)
+    least = np.float32(step * counts[1] / counts[0])
+    if high - low >= least:
+        return low, high
+    return (low if op.attrs["quantizer"].nonneg else np.float32(-least)), least
 
 
 @dataclass

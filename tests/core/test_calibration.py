@@ -49,3 +49,20 @@ def test_training_starts_where_calibration_ended():
 
 def test_ranges_over_all_values_follow_the_batches():
     assert calibrated(8, BATCHES, "minmax").covered == (1.0, 1.0)
+
+
+def test_a_mean_that_is_rounding_noise_gets_a_range_of_its_own_steps():
+    """Centred values of up to 1.5 in 2 bits: steps of 1, of which the mean of four moves by quarters."""
+    first, second = Quantizer(2), Quantizer(8)
+    first.range = lambda: (first.low, first.high)
+    first.low, first.high = -1.5, 1.5
+    noise = np.full((1, 1), 1e-9, np.float32)
+    ops = (
+        Op("q", "fake_quant", ("x",), ("q",), {"quantizer": first, "site": 0, "spec": "x"}, call=lambda v, _=False: v),
+        Op("m", "mean", ("q",), ("m",), call=lambda v, _=False: [noise]),
+        Op("r", "fake_quant", ("m",), ("r",), {"quantizer": second, "site": 0, "spec": "m"}, call=lambda v, _=False: v),
+    )
+    sizes = {"x": 4, "q": 4, "m": 1, "r": 1}
+    graph = Graph(ops, {t: Tensor(t, (None, n)) for t, n in sizes.items()}, ("x",), ("r",), input_names=("x",))
+    calibrate(graph, [np.array([[-1.5, 1.5, 0.5, -0.5]], np.float32)], "minmax")
+    assert (second.low, second.high) == (-0.25, 0.25)
