@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ def resnet8(folder: Folder, settings: Settings) -> Iterator[Row]:
     yield from calibrated("ResNet8", model, images[:CALIBRATION], *held, bar=97.0, drop=0.5)
     recipe, seeds = RECIPES["W8A8"], 1 if settings.quick else settings.seeds
     epochs = 1 if settings.quick else recipe.epochs
-    data = lambda seed: Augmented(images, model, recipe.shift, seed)  # noqa: E731
+    data = partial(Augmented, images, model, recipe.shift)
     yield from beside_tfmot("ResNet8", model, held, images[:CALIBRATION], data, recipe.rate, epochs, seeds)
 
 
@@ -159,7 +160,7 @@ def keywords(folder: Folder, settings: Settings) -> Iterator[Row]:
         model = load(folder, file)
         samples, held = inputs[:100], (inputs[100:], labels[100:])
         yield from calibrated(name, model, samples, *held, bar=bar)
-        data = lambda seed, model=model, samples=samples: Plain(samples, model, seed)  # noqa: E731
+        data = partial(Plain, samples, model)
         yield from beside_tfmot(name, model, held, samples, data, 1e-4, 1 if settings.quick else 20, seeds)
 
 

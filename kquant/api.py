@@ -8,14 +8,14 @@ from typing import Any
 
 from kquant.core.calibration import calibrate
 from kquant.core.config import Candidate, Entry, match, parse
-from kquant.core.errors import ConfigError, ModelError, nearest
+from kquant.core.errors import ConfigError, ModelError, check_choice
 from kquant.core.graph import Graph
 from kquant.core.int8_spec import ROWS
+from kquant.core.observers import CHOICES
 from kquant.core.placement import place
 from kquant.core.plan import Plan
 
 TARGETS = ("tflite",)
-OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
 
 
 # The package in which a model's class, or one of its bases, is defined, and our front end for it. The first that is
@@ -93,13 +93,6 @@ def _entries(graph: Graph, config_list: Any, quantizer: str | None) -> dict[str,
     return match(parse(config_list, quantizer=quantizer), candidates)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}"
-        )
-
-
 def plan(
     model: Any,
     config_list: Any = None,
@@ -121,7 +114,7 @@ def plan(
     Returns:
         A `Plan`; print it for a table, or call `to_dict()`.
     """
-    _check_choice("target", target, TARGETS)
+    check_choice("target", target, TARGETS)
     graph = front_end(model).read(selected(model, inputs=inputs, outputs=outputs))
     return place(graph, _entries(graph, config_list, quantizer))
 
@@ -168,8 +161,8 @@ def quantize_model(
 def _quantize(
     model: Any, config_list: Any, quantizer: str | None, calibration_data: Any, observer: str, target: str
 ) -> Any:
-    _check_choice("observer", observer, OBSERVERS)
-    _check_choice("target", target, TARGETS)
+    check_choice("observer", observer, CHOICES)
+    check_choice("target", target, TARGETS)
     front = front_end(model)
     if hasattr(front, "check"):
         front.check(model)

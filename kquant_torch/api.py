@@ -12,9 +12,10 @@ from torch import nn
 
 from kquant.core.calibration import calibrate as calibrate_graph
 from kquant.core.config import Candidate, Entry, match, parse
-from kquant.core.errors import ConfigError, ModelError, nearest
+from kquant.core.errors import ConfigError, ModelError, check_choice
 from kquant.core.graph import Op
 from kquant.core.int8_spec import ROWS, Placement, row_of
+from kquant.core.observers import CHOICES
 from kquant.core.placement import place
 from kquant.core.plan import Plan
 from kquant_torch.attach import attach
@@ -26,17 +27,9 @@ from kquant_torch.trace import Inputs, NotTraceable, as_arguments
 from kquant_torch.untraced import attach_hooks, calibrate_untraced, is_untraced, read_untraced
 
 TARGETS = ("onednn",)
-OBSERVERS = ("auto", "minmax", "percentile", "mse", "ema")
 # What trains quantized: the ops that have an integer kernel here, and those that keep their arithmetic in float.
 TRAINED = dataclasses.replace(ONEDNN, rows={**ROWS, **ONEDNN.rows})
 PORTABLE_MAX = 63  # codes; two products of u8 and s8 then fit the int16 that CPUs without VNNI add them in
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}"
-        )
 
 
 def _entries(reading: Reading, config_list: Any, quantizer: str | None) -> dict[str, Entry | None]:
@@ -147,7 +140,7 @@ def plan(
         A `Plan`; print it for a table, or call `to_dict()`. Ops that stay float are in it with the reason, functional
         ones of a model that cannot be traced with their file and line.
     """
-    _check_choice("target", target, TARGETS)
+    check_choice("target", target, TARGETS)
     _check_model(model, example_inputs)
     return _placed(_read(copy.deepcopy(model), example_inputs)[0], config_list, quantizer, portable)
 
@@ -200,8 +193,8 @@ def _quantize(
     model: nn.Module, config_list: Any, quantizer: str | None, example_inputs: Any, calibration_data: Any,
     observer: str, portable: bool, target: str,
 ) -> nn.Module:  # fmt: skip
-    _check_choice("observer", observer, OBSERVERS)
-    _check_choice("target", target, TARGETS)
+    check_choice("observer", observer, CHOICES)
+    check_choice("target", target, TARGETS)
     reading, attached = _read(model, example_inputs)
     quantized = attached(_placed(reading, config_list, quantizer, portable), reading)
     if calibration_data is not None:
@@ -216,7 +209,7 @@ def calibrate(qmodel: nn.Module, calibration_data: Any, observer: str = "auto") 
         qmodel: a wrapped model.
         calibration_data, observer: as in `wrap`.
     """
-    _check_choice("observer", observer, OBSERVERS)
+    check_choice("observer", observer, CHOICES)
     if is_untraced(qmodel):
         calibrate_untraced(qmodel, calibration_data, observer)
         return

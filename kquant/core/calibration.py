@@ -179,6 +179,7 @@ class Watch:
 
     def set_ranges(self, graph: Graph) -> None:
         """Hand the ranges that were found to the quantizers."""
+        producers = graph.producers()
         for op in graph.ops:
             if op.kind != "fake_quant" or op.attrs["site"] is None:
                 continue
@@ -187,17 +188,18 @@ class Watch:
                 quantizer.set_range(*self.limits[op.id], op.attrs["site"], held=True)
             elif key in self.watchers:
                 low, high = self.watchers[key].range(op.inputs[0])
-                low, high = _wide_enough(graph, op, low, high)
+                low, high = _wide_enough(graph, producers, op, low, high)
                 quantizer.set_range(low, high, op.attrs["site"], self.typical[key].shares(float(low), float(high)))
 
 
-def _wide_enough(graph: Graph, op: Op, low: np.float32, high: np.float32) -> tuple[np.float32, np.float32]:
+def _wide_enough(
+    graph: Graph, producers: Mapping[str, Op], op: Op, low: np.float32, high: np.float32
+) -> tuple[np.float32, np.float32]:
     """The range of a mean, at least one step of what it averages, divided by their number.
 
     The mean of a tensor that is centred already (a normalization behind a normalization) is nothing but float32's
     rounding in calibration, where activations are not quantized yet; with quantized ones it comes in those steps.
     """
-    producers = graph.producers()
     mean = producers.get(op.inputs[0])
     marker = producers.get(mean.inputs[0]) if mean is not None and mean.kind == "mean" else None
     if mean is None or marker is None or marker.kind != "fake_quant":

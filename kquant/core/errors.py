@@ -54,6 +54,18 @@ class ArtifactError(KQuantError, ValueError):
     """A file that is truncated, not an artifact, or not the artifact of this model."""
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse an argument that is none of `choices`.
+
+    Raises:
+        ConfigError: naming the argument, the choices and the nearest of them.
+    """
+    if value not in choices:
+        raise ConfigError(
+            name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}"
+        )
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The `count` closest spellings of `name` among `known`, quoted, or all of a short list.
 

@@ -258,6 +258,7 @@ OBSERVERS: dict[str, type[Observer]] = {
     "mse": MseObserver,
     "ema": EmaObserver,
 }
+CHOICES = ("auto", *OBSERVERS)  # what a user may name
 
 
 def make_observer(name: str, bits: int, symmetric: bool = False, nonneg: bool = False) -> Observer:
@@ -278,9 +279,8 @@ def make_observer(name: str, bits: int, symmetric: bool = False, nonneg: bool = 
         )
     kind = ("mse" if bits <= 4 else "minmax") if name == "auto" else name
     if kind not in OBSERVERS:
-        known = ("auto", *OBSERVERS)
-        fix = f"Did you mean {nearest(str(name), known)}"
-        raise ConfigError("observer", f"expected one of {known}", repr(name), fix)
+        fix = f"Did you mean {nearest(str(name), CHOICES)}"
+        raise ConfigError("observer", f"expected one of {CHOICES}", repr(name), fix)
     return OBSERVERS[kind](bits, symmetric, nonneg)
 
 

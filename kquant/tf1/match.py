@@ -204,8 +204,10 @@ class Matcher:
 
 def caller(evaluator: Evaluator, found: Found) -> Callable[..., list[Any]]:
     """The `call` of a found op: the graph's own nodes from its sources to its output."""
-    mark = None if found.kernel is None else marks.of(found.kernel.tensor.op, marks.WEIGHT)
-    float_kernel = {} if mark is None else {found.kernel.tensor.name: mark["kernel"]}  # type: ignore[union-attr]
+    float_kernel = {}
+    if found.kernel is not None:
+        mark = marks.of(found.kernel.tensor.op, marks.WEIGHT)
+        float_kernel = {} if mark is None else {found.kernel.tensor.name: mark["kernel"]}
 
     def call(values: Any, float_weights: bool = False) -> list[Any]:
         feeds = {t.name: v for t, v in zip(found.sources, values, strict=True) if isinstance(t, tf.Tensor)}

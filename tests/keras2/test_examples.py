@@ -1,27 +1,14 @@
 """The tf_keras example, run as the README says."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
+from digits_demo import python
 
 
 @pytest.mark.slow
 def test_the_example_prints_its_table_and_writes_its_files(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.digits_tf_keras", "--out", str(tmp_path), "--epochs", "2"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = python("-m", "examples.digits_tf_keras", "--out", str(tmp_path), "--epochs", "2")
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(tfmot|kquant|kquant, tfmot's API) +([\d.]+)% +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
     assert [label for label, *_ in rows] == ["tfmot", "kquant", "kquant, tfmot's API"]

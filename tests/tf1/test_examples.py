@@ -1,27 +1,14 @@
 """The example for TensorFlow 1 graphs, run as the README says."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
+from digits_demo import python
 
 
 @pytest.mark.slow
 def test_the_example_trains_and_writes_an_integer_file(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.digits_tf1", "--out", str(tmp_path), "--steps", "60"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = python("-m", "examples.digits_tf1", "--out", str(tmp_path), "--steps", "60")
     assert done.returncode == 0, done.stderr
     found = re.search(r"fully integer: True, (\d+) bytes, accuracy ([\d.]+)%", done.stdout)
     assert found, done.stdout
