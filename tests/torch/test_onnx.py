@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import pytest
 import torch
+from qdq_cases_torch import calibrated, cases
 from small_torch import exported, images
-from snippets_torch import ACTIVATIONS, FUNCTIONS, LAYERS, activation, example
 
 import kquant_torch
 from kquant.core.errors import ArtifactError, ExportError, UnsupportedError
@@ -18,8 +18,6 @@ from kquant_torch.run import run_all
 onnx = pytest.importorskip("onnx", reason="onnx is an extra")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")
 
-CONFIGS = {"W8A8": None, "W4A4": [{"q_bits": 4, "op_types": ["default"]}]}
-ALL = {**LAYERS, **FUNCTIONS, **{f"activation {n}": activation(n) for n in ACTIVATIONS}}
 # Each op kind and each form of its settings once; all of them take minutes.
 CHOSEN = (
     "conv1d", "conv2d same", "conv3d", "depthwise conv", "transposed conv2d", "linear on tokens",
@@ -28,21 +26,13 @@ CHOSEN = (
     "activation relu6", "activation sigmoid", "activation softmax", "x - y", "x * y", "scalars", "maximum",
     "cat", "slices", "gather", "sum", "amax", "matmul", "class token", "expand",
 )  # fmt: skip
-CASES = [(name, "W8A8") for name in CHOSEN] + [(name, "W4A4") for name in CHOSEN[::5]]
-ROUNDS = 12  # batches; an op's mean error, whose limit is 0.02 codes, means nothing on a handful of values
 
 
-@pytest.mark.parametrize(("name", "config"), CASES)
+@pytest.mark.parametrize(("name", "config"), cases(CHOSEN))
 def test_a_file_holds_and_computes_what_was_trained(name, config, tmp_path):
-    torch.manual_seed(len(name))
-    model = ALL[name][0]()
-    batches = [example(ALL[name]) for _ in range(ROUNDS)]
-    model.train()
-    with torch.no_grad():
-        model(*batches[0])
-    qmodel = kquant_torch.wrap(model.eval(), CONFIGS[config], example_inputs=batches[0], calibration_data=batches[:3])
+    qmodel, batches = calibrated(name, config)
     path = tmp_path / "model.onnx"
-    kquant_torch.export_onnx(qmodel.eval(), path, example_inputs=batches[0])
+    kquant_torch.export_onnx(qmodel, path, example_inputs=batches[0])
     parity = kquant_torch.verify(qmodel, path, batches)
     assert parity.ok, parity.problems
 

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from qdq_cases_torch import calibrated, cases
 from small_torch import exported, images
-from snippets_torch import ACTIVATIONS, FUNCTIONS, LAYERS, activation, example
 
 import kquant_torch
 from kquant.core.errors import ArtifactError, ExportError
@@ -15,29 +15,19 @@ from kquant_torch.export import integer_model, quantized_graph
 from kquant_torch.program_export import ProgramFile
 from kquant_torch.run import run_all
 
-CONFIGS = {"W8A8": None, "W4A4": [{"q_bits": 4, "op_types": ["default"]}]}
-ALL = {**LAYERS, **FUNCTIONS, **{f"activation {n}": activation(n) for n in ACTIVATIONS}}
 # Each op kind once; an export takes seconds.
 CHOSEN = (
     "conv1d", "conv3d", "grouped transposed conv", "embedding bag", "prelu", "linear + norm", "attention",
     "max pools", "average pool", "adaptive pools", "upsample nearest", "upsample bilinear", "paddings",
     "activation relu6", "scalars", "maximum", "cat", "slices", "gather", "sum", "expand",
 )  # fmt: skip
-CASES = [(name, "W8A8") for name in CHOSEN] + [(name, "W4A4") for name in CHOSEN[::5]]
-ROUNDS = 12  # batches; an op's mean error, whose limit is 0.02 codes, means nothing on a handful of values
 
 
-@pytest.mark.parametrize(("name", "config"), CASES)
+@pytest.mark.parametrize(("name", "config"), cases(CHOSEN))
 def test_a_file_holds_and_computes_what_was_trained(name, config, tmp_path):
-    torch.manual_seed(len(name))
-    model = ALL[name][0]()
-    batches = [example(ALL[name]) for _ in range(ROUNDS)]
-    model.train()
-    with torch.no_grad():
-        model(*batches[0])
-    qmodel = kquant_torch.wrap(model.eval(), CONFIGS[config], example_inputs=batches[0], calibration_data=batches[:3])
+    qmodel, batches = calibrated(name, config)
     path = tmp_path / "model.pt2"
-    kquant_torch.export_program(qmodel.eval(), path, example_inputs=batches[0])
+    kquant_torch.export_program(qmodel, path, example_inputs=batches[0])
     parity = kquant_torch.verify(qmodel, path, batches)
     assert parity.ok, parity.problems
 
