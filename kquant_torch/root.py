@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from kquant.core.errors import ModelError
+
 HOLDER = "quantizers"
 STATE = "_kquant"  # the attribute with what a wrapped model knows of itself
 
@@ -23,6 +25,11 @@ class QuantizedRoot:
     """Mixed in before the user's class: pickling, and what a `Sequential` needs to hide the quantizers."""
 
     is_quantized_root = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _check_hooks(self)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (type(self).float_class, self.__dict__[STATE]), self.__getstate__()
@@ -69,6 +76,28 @@ def quantized_class(float_class: type, code: str, names_in_code: dict[str, Any])
     return type(f"Quantized{float_class.__name__}", (mixin, float_class), body)
 
 
+def _containers(graph: fx.Graph) -> list[str]:
+    """The modules whose own `forward` is never called, because the code of a graph holds what it does."""
+    called = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
+    around = {".".join(name.split(".")[:i]) for name in called for i in range(1, name.count(".") + 1)}
+    return sorted(around - called - {HOLDER})
+
+
+def _check_hooks(model: nn.Module) -> None:
+    """Hooks that a container got after wrapping would never run: say so.
+
+    Raises:
+        ModelError: naming the container.
+    """
+    for name in model.__dict__[STATE]["containers"]:
+        module = model.get_submodule(name)
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise ModelError(
+                f"module {name!r}", "no hook on a container that had none when the model was wrapped", "a hook",
+                "Register it on the float model, before wrapping; or on a layer inside, at any time",
+            )  # fmt: skip
+
+
 def _stored(value: Any) -> Any:
     """A name of the code's namespace in a form that can be pickled: modules by their names."""
     return ("module", value.__name__) if isinstance(value, types.ModuleType) else ("object", value)
@@ -89,7 +118,9 @@ def become_quantized(model: nn.Module, graph: fx.Graph, state: dict[str, Any]) -
     """
     generated = graph.python_code("self")
     names = {name: _stored(value) for name, value in generated.globals.items()}
-    model.__dict__[STATE] = {**state, "code": generated.src, "names_in_code": names}
+    model.__dict__[STATE] = {
+        **state, "code": generated.src, "names_in_code": names, "containers": _containers(graph),
+    }  # fmt: skip
     model.__class__ = quantized_class(type(model), generated.src, names)
     return model
 
@@ -106,8 +137,6 @@ def names_of(model: nn.Module) -> list[Any]:
 
 def example_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Inputs of the shapes that a model was wrapped with, all zeros."""
-    from kquant.core.errors import ModelError
-
     if not is_quantized(model):
         raise ModelError(
             "example_inputs", "a batch of inputs, since a module does not know their shapes", "None",

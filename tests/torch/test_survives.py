@@ -10,6 +10,7 @@ import torch
 from nets_torch import QUANTIZERS, Net, images, step
 
 import kquant_torch
+from kquant.core.errors import ModelError
 from kquant_torch.fake_quantize import FakeQuantize
 
 pytestmark = pytest.mark.filterwarnings("ignore:DoReFa clips activations")
@@ -228,6 +229,17 @@ def test_modules_hooks_modes_and_attributes_survive():
     assert seen == ["block before", "conv", "block", "net"]
     qmodel.eval()
     assert not any(m.training for m in qmodel.modules())
+
+
+def test_a_later_hook_on_a_container_is_an_error():
+    qmodel = wrapped("qat", Net())
+    qmodel.block[0].register_forward_hook(lambda m, i, o: None)
+    qmodel(images())
+    handle = qmodel.block.register_forward_hook(lambda m, i, o: None)
+    with pytest.raises(ModelError, match="'block'.*before wrapping"):
+        qmodel(images())
+    handle.remove()
+    qmodel(images())
 
 
 def test_wrap_copies_and_a_quantizer_changes_in_place():
