@@ -236,7 +236,7 @@ def test_a_later_hook_on_a_container_is_an_error():
     qmodel.block[0].register_forward_hook(lambda m, i, o: None)
     qmodel(images())
     handle = qmodel.block.register_forward_hook(lambda m, i, o: None)
-    with pytest.raises(ModelError, match="'block'.*before wrapping"):
+    with pytest.raises(ModelError, match=r"'block'.*before wrapping"):
         qmodel(images())
     handle.remove()
     qmodel(images())
