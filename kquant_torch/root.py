@@ -27,6 +27,7 @@ class QuantizedRoot:
     is_quantized_root = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; errors of `_check_hooks` besides its own."""
         if not torch.compiler.is_compiling():
             _check_hooks(self)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
