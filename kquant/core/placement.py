@@ -208,7 +208,9 @@ class Placer:
         op, row = stage.anchor, stage.row
         through = row.placement is Placement.SHARED and all(t in self.nonneg for t in op.inputs)
         own = op.attrs.get("fn") in NON_NEGATIVE or row.nonneg or op.kind == "relu" or stage.relu is not None
-        if own or through or (op.kind in ("add", "mul", "mean") and all(t in self.nonneg for t in op.inputs)):
+        square = op.kind == "mul" and len(set(op.inputs)) < len(op.inputs)
+        kept = op.kind in ("add", "mul", "mean", "sum") and all(t in self.nonneg for t in op.inputs)
+        if own or through or square or kept:
             self.nonneg.update({*op.outputs, stage.output})
 
     # -- outputs --------------------------------------------------------------------------------------------------

@@ -27,16 +27,26 @@ def moving_averages(graph: Any, depends: set[str]) -> dict[str, str]:
         graph: the graph.
         depends: names of the tensors that depend on data.
     """
+    updates = [(variable_of(op.inputs[0]), op.inputs[1]) for op in graph.get_operations() if op.type in _ASSIGNS]
+    updates = [(variable.name, value) for variable, value in updates if variable is not None]
+    debiased = {helper: name for name, value in updates for helper in _helpers(value)}
     found: dict[str, str] = {}
-    for op in graph.get_operations():
-        if op.type not in _ASSIGNS or op.inputs[1].name not in depends:
+    for name, value in updates:
+        if value.name not in depends or not value.shape.rank or _helpers(value):
             continue
-        variable = variable_of(op.inputs[0])
-        if variable is None or variable.name.endswith(_SKIPPED) or not op.inputs[1].shape.rank:
-            continue
-        for statistic in _averaged(op.inputs[1], depends):
-            found.setdefault(statistic.name, variable.name)
+        if name in debiased or not name.endswith(_SKIPPED):
+            for statistic in _averaged(value, depends):
+                found.setdefault(statistic.name, debiased.get(name, name))
     return found
+
+
+def _helpers(value: Any) -> list[str]:
+    """The variable that averages from a start at zero, where an average is assigned that one's share of its steps."""
+    if value.op.type != "RealDiv":
+        return []
+    source = value.op.inputs[0]
+    variable = variable_of(source.op.inputs[0] if source.op.type in _ASSIGNS else source)
+    return [] if variable is None else [variable.name]
 
 
 def _averaged(value: Any, depends: set[str]) -> list[Any]:

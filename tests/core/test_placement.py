@@ -155,6 +155,12 @@ def test_different_widths_meet_in_a_requantize():
 # -- symmetric operands -----------------------------------------------------------------------------------------------
 
 
+def test_a_square_its_mean_and_its_sum_are_not_negative():
+    """A variance: with a range below zero its reciprocal root would be asked for negative values."""
+    plan = placed(graph(*TWO, ("q", "mul", "aa"), ("m", "mean", "q"), ("s", "sum", "q"), outputs=("m", "s")))
+    assert [spec(plan, t).nonneg for t in "aqms"] == [False, True, True, True]
+
+
 def test_the_second_operand_of_a_batch_matmul_is_symmetric():
     plan = placed(graph(*TWO, ("m", "batch_matmul", "ab")))
     assert spec(plan, "b").symmetric

@@ -1,17 +1,33 @@
 """Random models, from the same descriptions as in Keras 3, as graphs: quantize, calibrate, train, export, verify."""
 
 import warnings
+from collections import Counter
 
 import hypothesis
 import numpy as np
+import pytest
 import tensorflow as tf
 from descriptions import Description, models
 
 import kquant
+from kquant.core.int8_spec import ROWS
+from kquant.tf1 import marks
+from kquant.tflite.export import integer_model
 
 from .build import Builder, v1
 
+FULL = 200  # from this many models on, everything must have occurred
+LEAST = 5  # models
 VERIFIED = 48  # samples; an op's mean error, whose limit is 0.02 codes, means nothing on a handful of values
+SEEN: Counter = Counter()
+# Random weights and six samples of calibration make ranges that no kernel can hold (a bias whose unit is many output
+# codes): such a model must be refused by the name of the tensor. More than these would be a fault of ours.
+MOST_REFUSED = 0.02
+# Rows that a graph of single ops does not hold, and why.
+CANNOT_OCCUR = {
+    "recurrent": "a loop has no row in a graph",
+    "prelu": "it is written in other ops",
+}
 
 
 def pytest_generate_tests(metafunc):
@@ -57,18 +73,37 @@ def quantized(description: Description):
     return session
 
 
-def check(description: Description, folder) -> None:
-    """Assert the contract of an export on one model."""
+def occurrences(session) -> set[tuple[str, str | int]]:
+    """What a quantized graph holds: table rows, bits of weights and activations, quantizers."""
+    integer = integer_model(session)
+    ops = [op for op in integer.ops if op.parts]
+    found: set = {("row", part.kind) for op in ops for part in op.parts} - {("row", "fake_quant")}
+    found |= {("row", "identity") for op in session.graph.get_operations() if op.name.startswith(("dropout", "noise"))}
+    found |= {("activation bits", integer.tensors[op.outputs[0]].affine.bits) for op in ops}
+    kernels = [marks.of(op, marks.WEIGHT) for op in session.graph.get_operations() if op.type == "Identity"]
+    found |= {("weight bits", mark["bits"]) for mark in kernels if mark}
+    return found | {("quantizer", mark["quantizer"]) for mark in kernels if mark}
+
+
+def check(description: Description, folder) -> set[tuple[str, str | int]]:
+    """Assert the contract of an export on one model; returns what occurred in it."""
     session = quantized(description)
-    kquant.export_tflite(session, folder / "first.tflite")
+    try:
+        kquant.export_tflite(session, folder / "first.tflite")
+    except kquant.RangeError as refusal:
+        assert refusal.where.startswith("tensor ") and not (folder / "first.tflite").exists()
+        return {("refused", "by the name of the tensor")}
     assert kquant.audit(folder / "first.tflite").fully_integer
     report = kquant.verify(session, folder / "first.tflite", description.data(2, VERIFIED))
     assert report.ok, report.problems
     kquant.export_tflite(session, folder / "second.tflite")
     assert (folder / "first.tflite").read_bytes() == (folder / "second.tflite").read_bytes()
+    return occurrences(session)
 
 
-def test_random_model_keeps_the_contract(index, tmp_path):
+def test_random_model_keeps_the_contract(index, tmp_path, record_property):
+    kept: list[set] = []
+
     @hypothesis.seed(index)
     @hypothesis.settings(
         max_examples=1,
@@ -79,9 +114,22 @@ def test_random_model_keeps_the_contract(index, tmp_path):
     )
     @hypothesis.given(models(index))
     def one(description):
-        check(description, tmp_path)
+        kept.append(check(description, tmp_path))
 
     one()
+    SEEN.update(["models", *kept[-1]])
+    record_property("occurred", sorted(kept[-1], key=str))
+
+
+def test_everything_occurred(pytestconfig):
+    """In the full run each row, bit width and quantizer occurred at least five times, or a reason is given."""
+    if SEEN["models"] < FULL:
+        pytest.skip(f"asked of at least {FULL} models in one process; {SEEN['models']} passed here")
+    assert SEEN["refused", "by the name of the tensor"] <= MOST_REFUSED * SEEN["models"]
+    wanted = [("row", kind) for kind in ROWS if kind not in CANNOT_OCCUR]
+    wanted += [("weight bits", b) for b in range(1, 9)] + [("activation bits", b) for b in range(1, 9)]
+    wanted += [("quantizer", q) for q in ("qat", "naive", "dorefa")]
+    assert {what: SEEN[what] for what in wanted if SEEN[what] < LEAST} == {}
 
 
 def test_weights_are_drawn_alike_each_time():

@@ -1,0 +1,3 @@
+"""Tests of TensorFlow 1 graphs."""
+
+from occurrences import pytest_terminal_summary  # noqa: F401
