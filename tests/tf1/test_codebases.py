@@ -41,11 +41,11 @@ def trained(build, data, config=None, flags=()):
         report = kquant.QAT_Quantizer(config)(graph, data, session=start)
         assert report.inputs == ("x",)
         with tf.control_dependencies(v1.get_collection(v1.GraphKeys.UPDATE_OPS)):
-            train = v1.train.AdamOptimizer(3e-3).minimize(loss)
+            train = v1.train.AdamOptimizer(1e-2).minimize(loss)
         session = v1.Session()
         session.run(v1.global_variables_initializer())
         feeds = {x: data, **{graph.get_tensor_by_name(f): True for f in flags}}
-        losses = [session.run([loss, train], feeds)[0] for _ in range(8)]
+        losses = [session.run([loss, train], feeds)[0] for _ in range(15)]
         assert losses[-1] < losses[0]
     return session
 
