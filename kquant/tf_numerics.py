@@ -85,6 +85,9 @@ def with_quantized_gradient(y: Any, bits: int, seed: tuple[str, Any], started: A
         started: a boolean tensor; where it is false the gradient passes as it is. None for always.
     """
     name, draw = seed
+    replicas = _replicas()
+    if replicas is not None:  # noise of their own: equal noise would not average out over the replicas
+        draw = draw * replicas.num_replicas_in_sync + tf.cast(replicas.replica_id_in_sync_group, tf.int32)
     key = tf.stack([zlib.crc32(name.encode()) % 2**31, draw])
     noise = tf.random.stateless_uniform(tf.shape(y), key, -0.5, 0.5)
 
@@ -97,6 +100,26 @@ def with_quantized_gradient(y: Any, bits: int, seed: tuple[str, Any], started: A
         return value, backward
 
     return identity(y)
+
+
+def _replicas() -> Any:
+    """The replica context of distributed training, or None where there is one replica only."""
+    context = tf.distribute.get_replica_context()
+    return None if context is None or context.num_replicas_in_sync == 1 else context
+
+
+def batch_range(x: Any, nonneg: bool) -> tuple[Any, Any]:
+    """Minimum and maximum of a batch, both widened to zero; of the batches of all replicas in distributed training.
+
+    So the ranges of all replicas are equal to the bit, and are those of one process that has the whole batch.
+    """
+    low = tf.zeros(()) if nonneg else tf.minimum(tf.reduce_min(x), 0.0)
+    high = tf.maximum(tf.reduce_max(x), 0.0)
+    replicas = _replicas()
+    if replicas is None:
+        return low, high
+    ends = tf.reduce_max(replicas.all_gather(tf.stack([-low, high])[None], axis=0), axis=0)
+    return 0.0 - ends[0], ends[1]
 
 
 class Observed(NamedTuple):
@@ -115,7 +138,7 @@ class Observed(NamedTuple):
 
 
 def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> tuple[Any, Any, Any]:
-    """Take in one training batch at a call site.
+    """Take in one training batch at a call site, that of all replicas in distributed training.
 
     Args:
         x: the float32 tensor.
@@ -127,8 +150,8 @@ def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> t
     Returns:
         minimum, maximum and seen after the batch.
     """
-    low = tf.zeros(()) if nonneg else tf.minimum(tf.reduce_min(x), 0.0) * state.covered_low[site]
-    high = tf.maximum(tf.reduce_max(x), 0.0) * state.covered_high[site]
+    low, high = batch_range(x, nonneg)
+    low, high = low * state.covered_low[site], high * state.covered_high[site]
     here = np.arange(int(state.seen.shape[0])) == site
     alone = here.size == 1
     fresh = tf.logical_and(tf.equal(state.seen, 0.0), tf.equal(state.frozen, 0.0))
