@@ -60,6 +60,7 @@ class QuantizedLayer(QuantizedBase, QuantizeWrapperV2):
     Args:
         layer: the layer (no activation of its own).
         quantize_config: one of `kquant.keras2.quantize_config`; only its part for the kernel counts.
+        calls: how often the model calls it in a step.
     """
 
     without_autocast: ClassVar = WITHOUT_AUTOCAST
@@ -73,8 +74,9 @@ class QuantizedLayer(QuantizedBase, QuantizeWrapperV2):
     losses = _plain_property("losses")
     updates = _plain_property("updates")
 
-    def __init__(self, layer: Any, quantize_config: Any, **kwargs: Any):
+    def __init__(self, layer: Any, quantize_config: Any, calls: int = 1, **kwargs: Any):
         super().__init__(layer, quantize_config, autocast=False, **kwargs)
+        self.calls = calls
         self.quantizer, self.bits = quantize_config.quantizer, quantize_config.weight_bits
         self.per_channel, self.start_step = quantize_config.per_channel, quantize_config.start_step
         self.gradient_bits = quantize_config.gradient_bits
@@ -100,6 +102,7 @@ class QuantizedLayer(QuantizedBase, QuantizeWrapperV2):
         return {
             **tf_keras.layers.Layer.get_config(self),
             "layer": tf_keras.layers.serialize(self.layer),
+            "calls": self.calls,
             "quantize_config": self.quantize_config.get_config(),
             "recipe": tf_keras.saving.get_registered_name(type(self.quantize_config)),
         }

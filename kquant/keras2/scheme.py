@@ -60,13 +60,6 @@ class _Transformer:
                     type(config).__name__,
                     "Use a config of kquant.keras2.quantize_config, or tfmot's own scheme",
                 )
-            if config.start_step:
-                raise ConfigError(
-                    f"quantize_config of layer {name!r}",
-                    "no start_step: quantize_apply calls each layer twice, so steps cannot be counted",
-                    f"start_step={config.start_step}",
-                    "Use kquant.quantize_model with 'quant_start_step'",
-                )
         entries = [c.entry(op_names=[n]) for n, c in configs.items() if n not in inputs]
         left = [layer.name for layer in model.layers if layer.name not in configs and layer.name not in inputs]
         entries += [{"op_names": left, "exclude": True}] if left else []

@@ -47,6 +47,7 @@ class QuantizedLayer(QuantizedBase, keras.layers.Layer):
         per_channel: one scale per output channel (naive and qat).
         gradient_bits: DoReFa's gradient quantization of the layer's output before its bias, or None.
         start_step: use the float kernel before this training step.
+        calls: how often the model calls it in a step.
     """
 
     without_autocast: ClassVar = {"autocast": False}
@@ -60,11 +61,12 @@ class QuantizedLayer(QuantizedBase, keras.layers.Layer):
         per_channel: bool = True,
         gradient_bits: int | None = None,
         start_step: int = 0,
+        calls: int = 1,
         **kwargs: Any,
     ):
         super().__init__(autocast=False, **kwargs)
         self.layer, self.quantizer, self.bits, self.per_channel = layer, quantizer, bits, per_channel
-        self.gradient_bits, self.start_step = gradient_bits, start_step
+        self.gradient_bits, self.start_step, self.calls = gradient_bits, start_step, calls
         self.formula = self.make_formula()
 
     def build(self, input_shape: Any) -> None:
@@ -86,7 +88,7 @@ class QuantizedLayer(QuantizedBase, keras.layers.Layer):
         return keras.KerasTensor(self.rule.shape(self.layer, tuple(x.shape)), self.compute_dtype)
 
     def get_config(self) -> dict:
-        own = ("quantizer", "bits", "per_channel", "gradient_bits", "start_step")
+        own = ("quantizer", "bits", "per_channel", "gradient_bits", "start_step", "calls")
         config = {k: getattr(self, k) for k in own}
         return {**super().get_config(), "layer": keras.saving.serialize_keras_object(self.layer), **config}
 

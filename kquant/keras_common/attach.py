@@ -13,6 +13,7 @@ from kquant.core.graph import Op
 from kquant.core.lower import held_constant
 from kquant.core.plan import Plan, Site, Spec
 from kquant.keras_common.generation import Generation
+from kquant.keras_common.layers import Delayed
 from kquant.tf_numerics import EMA_DECAY
 
 ARITHMETIC = ("add", "sub", "mul")
@@ -42,6 +43,9 @@ class Builder:
         names = iter(self.graph.outputs)
         outputs = self.tree.map_structure(lambda _: self._finished(next(names)), results)
         quantized = self.generation.keras.Model(inputs, outputs, name=model.name)
+        for layer in (*self.made.values(), *self.quantizers.values()):
+            if isinstance(layer, Delayed):
+                layer.calls = len(layer._inbound_nodes)
         # Losses and metrics by output name, as the training script has them.
         quantized.output_names = list(form.output_names)
         return quantized

@@ -39,11 +39,12 @@ class Stateful:
 class Delayed(Stateful):
     """A layer that begins to quantize at the training step `start_step`.
 
-    The variable `step` counts calls in training. A layer that a model calls at several places is called as often in
-    each step, so all its calls begin in the same step.
+    The variable `step` counts calls in training. `calls` is how often the model calls the layer in each step, so all
+    its calls begin in the same step; the nodes of the layer would not do, because a clone of the model adds to them.
     """
 
     start_step: int
+    calls: int
 
     def add_step(self) -> None:
         """Make the variable that counts, if there is a delay."""
@@ -52,10 +53,7 @@ class Delayed(Stateful):
 
     def is_waiting(self) -> bool:
         """Whether quantization has not begun yet."""
-        return bool(self.start_step) and int(np.asarray(self.step)) < self.start_step * self._calls()
-
-    def _calls(self) -> int:
-        return max(len(self._inbound_nodes), 1)
+        return bool(self.start_step) and int(np.asarray(self.step)) < self.start_step * self.calls
 
     def started(self, training: bool | None) -> Any:
         """Whether quantization has begun, as a tensor, or None without a delay. Counts a call in training."""
@@ -64,7 +62,7 @@ class Delayed(Stateful):
         step = tf.convert_to_tensor(self.step)
         if training:
             self.step.assign(step + 1)
-        return step >= self.start_step * self._calls()
+        return step >= self.start_step * self.calls
 
 
 class Range:
@@ -159,6 +157,7 @@ class FakeQuantizeBase(Range, Delayed):
         nonneg: the range starts at zero.
         start_step: quantize from this training step on; observe before it.
         decay: of the exponential moving average; 1.0 keeps the first range (calibration's, or the first batch's).
+        calls: how often the model calls it in a step.
     """
 
     def __init__(
@@ -170,12 +169,13 @@ class FakeQuantizeBase(Range, Delayed):
         nonneg: bool = False,
         start_step: int = 0,
         decay: float = EMA_DECAY,
+        calls: int = 1,
         **kwargs: Any,
     ):
         super().__init__(autocast=False, **kwargs)
         self.bits, self.sites, self.symmetric, self.nonneg = bits, sites, symmetric, nonneg
         self.fixed = None if fixed is None else [float(v) for v in fixed]
-        self.start_step, self.decay = start_step, decay
+        self.start_step, self.decay, self.calls = start_step, decay, calls
         self.supports_masking = True
 
     def build(self, input_shape: Any = None) -> None:
@@ -189,7 +189,7 @@ class FakeQuantizeBase(Range, Delayed):
         return tf.cast(quantized, x.dtype if x.dtype.is_floating else tf.float32)
 
     def get_config(self) -> dict:
-        own = ("bits", "sites", "fixed", "symmetric", "nonneg", "start_step", "decay")
+        own = ("bits", "sites", "fixed", "symmetric", "nonneg", "start_step", "decay", "calls")
         return {**super().get_config(), **{k: _plain(getattr(self, k)) for k in own}}
 
 
@@ -202,7 +202,7 @@ class QuantizedBase(Delayed):
     """A layer whose kernel is quantized each time it is used; its float kernel stays the trained variable.
 
     The gradient is passed straight through the rounding. Batch norm, if any, stays behind it in the model. `layer`,
-    `quantizer`, `bits`, `per_channel`, `gradient_bits` and `start_step` are attributes.
+    `quantizer`, `bits`, `per_channel`, `gradient_bits`, `start_step` and `calls` are attributes.
     """
 
     rules: ClassVar[dict[type, Any]]

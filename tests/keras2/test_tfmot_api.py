@@ -132,6 +132,32 @@ def test_our_scheme_takes_configs_per_layer_and_leaves_the_rest_float(tmp_path):
     assert kquant.verify(qmodel, tmp_path / "m.tflite", data).ok
 
 
+def test_our_scheme_waits_for_the_start_step():
+    """`quantize_apply` clones what the scheme returns, and a clone of a model calls its layers once more."""
+    model = net()
+    for layer in model.layers:
+        layer.trainable = False  # batch norm then has nothing to move, and the outputs stay comparable
+    qmodel, direct = (
+        tfmot.quantize_apply(
+            tfmot.quantize_annotate_model(model),
+            scheme=keras2.QuantizeScheme(keras2.QATQuantizeConfig(4, 4, start_step=start), calibration_data=X),
+        )
+        for start in (2, 0)
+    )
+    qmodel.get_layer("norm").trainable = False
+    for _ in range(2):
+        np.testing.assert_array_equal(qmodel(X, training=True), model(X))
+    for mine, theirs in zip(of_ranges(qmodel), of_ranges(direct), strict=True):
+        theirs.set_range(float(mine.minimum[0]), float(mine.maximum[0]), 0)
+    np.testing.assert_array_equal(qmodel(X), direct(X))
+    assert not np.array_equal(qmodel(X, training=True), model(X))
+
+
+def of_ranges(qmodel: tf_keras.Model) -> list[Any]:
+    """The quantizers of activations."""
+    return [layer for layer in qmodel.layers if hasattr(layer, "set_range")]
+
+
 def test_our_scheme_refuses_a_config_of_tfmot():
     from tensorflow_model_optimization.python.core.quantization.keras.default_8bit import default_8bit_quantize_registry
 
