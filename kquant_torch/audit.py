@@ -21,7 +21,19 @@ from kquant.core.files import read_bytes
 from kquant.core.reports import AuditOp, AuditReport, FloatOp
 from kquant_torch.archive import FOREIGN, Archive, decode
 from kquant_torch.emit_float import CHANNEL_AXIS
-from kquant_torch.program import RUNTIME, SIGNATURES, Program, Statement, array_of, calls, dotted, parse, variable
+from kquant_torch.program import (
+    QUANTIZED,
+    RUNTIME,
+    SIGNATURES,
+    SUMMED,
+    Program,
+    Statement,
+    array_of,
+    calls,
+    dotted,
+    parse,
+    variable,
+)  # fmt: skip
 from kquant_torch.run import facts
 from kquant_torch.runtime import FUNCTIONS
 
@@ -35,6 +47,8 @@ MOVED = (
     " upsample_nearest2d upsample_nearest3d"
 )
 MOVERS = {f"torch.{name}" for name in MOVED.split()} | {"ops.quantized.max_pool2d"}
+# Between plain codes and quantized tensors, which carry their scale and zero point.
+RETYPED = {"torch.int_repr": "uint8", "torch._make_per_tensor_quantized_tensor": "quint8"}
 PLAIN = {"annotate", "torch.size", "torch.add"}  # of settings and sizes
 WEIGHTED = {name for name, signature in SIGNATURES.items() if "x" in signature and "kernel" in signature}
 
@@ -104,6 +118,9 @@ class _View:
             self.types[statement.name] = self._type(statement.expression, statement.name)
 
     def _packed_type(self, call: ast.Call) -> str:
+        """The dtype of the codes in a kernel; what a function that is not ours makes of them, nobody knows."""
+        if dotted(call.func).removeprefix(RUNTIME) in self.changed:
+            return "float32"
         return str(array_of(self.program.arguments(call)["kernel"], self.archive).dtype)
 
     def _input_type(self, name: str) -> str:
@@ -136,11 +153,16 @@ class _View:
             return "float32"
         if function.startswith(RUNTIME) and name in BOUNDARY:
             return self._boundary(name, call, owner)
-        if function in WEIGHTED or (function.startswith(RUNTIME) and name in FUNCTIONS):
+        if function in RETYPED:
+            if given in FLOATS:
+                self.causes[owner] = f"{_kind(function)} reads float values"
+            return RETYPED[function]
+        if function in WEIGHTED | SUMMED or (function.startswith(RUNTIME) and name in FUNCTIONS):
             if given in FLOATS:
                 self.causes[owner] = f"{_kind(function)} reads float values"
             written = self.program.arguments(call).get("dtype", ast.Constant(0))
-            return "uint8" if isinstance(written, ast.Constant) and written.value == 0 else "float32"
+            codes = "quint8" if function in QUANTIZED | SUMMED else "uint8"
+            return codes if isinstance(written, ast.Constant) and written.value == 0 else "float32"
         if function in MOVERS:
             return given
         self.causes[owner] = f"{_kind(function)} is not an integer kernel"
@@ -169,7 +191,9 @@ class _View:
         kernel = self.program.arguments(main).get("kernel") if isinstance(main, ast.Call) else None
         reads = dict.fromkeys(n for n in _names([statement.expression]) if n in self.types)
         held = [n.removeprefix("self.") for n in reads if n.startswith("self.")]
-        arrays = {self._array_name(n) for n in held} & set(self.archive.tensors)
+        packed = (self.program.packed[n].args for n in held if n in self.program.packed)
+        used = [*held, *(n.removeprefix("self.") for nodes in packed for n in _names(nodes))]
+        arrays = set(used) & set(self.archive.tensors)
         codes = None if kernel is None else self.archive.tensors[self._array_name(dotted(kernel)[5:])]
         dtypes = tuple(self.types[n] for n in reads if not n.startswith("self."))
         return AuditOp(
@@ -182,7 +206,8 @@ class _View:
     def _main(self, statement: Statement) -> Any:
         """The call that computes, rather than the ones that move its input or its result."""
         found = list(calls(statement.expression))
-        computing = [c for c in found if dotted(c.func) not in MOVERS | PLAIN and dotted(c.func) != f"{RUNTIME}spread"]
+        moving = {*MOVERS, *PLAIN, *RETYPED, f"{RUNTIME}spread"}
+        computing = [c for c in found if dotted(c.func) not in moving]
         return (computing or found or [None])[0]
 
     def _array_name(self, name: str) -> str:
@@ -190,7 +215,7 @@ class _View:
         return name if call is None else dotted(self.program.arguments(call)["kernel"]).removeprefix("self.")
 
     def _granularity(self, main: ast.Call) -> str:
-        scale = array_of(self.program.arguments(main)["kernel_scale"], self.archive)
+        scale = array_of(self.program.weights(main)["kernel_scale"], self.archive)
         return "per channel" if scale.size > 1 else "per tensor"
 
     def _macs(self, statement: Statement, main: Any, codes: np.ndarray | None) -> int:

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from kquant.core.affine import Affine
 from kquant.core.errors import RangeError, UnsupportedError
 from kquant.core.integer import IntegerModel, IntOp
+from kquant.core.target import Target
 from kquant_torch.archive import MODULE, ROOT, Archive
 from kquant_torch.runtime import FUNCTIONS
 
@@ -30,6 +32,23 @@ SMALLEST_SHIFT = 8  # bits of a factor below the point; with fewer, rounding it 
 
 Writer = Callable[["Emitter", IntOp], str]
 WRITERS: dict[str, Writer] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whose kernels compute what needs one; anything else is moved, looked up or integer arithmetic on every backend.
+
+    Args:
+        target: its table.
+        convolution, dense, channel_affine, add, mul: each gives the expression of a call of its kernel.
+    """
+
+    target: Target
+    convolution: Callable[..., str]
+    dense: Writer
+    channel_affine: Writer
+    add: Writer
+    mul: Writer
 
 
 def writes(*kinds: str) -> Callable[[Writer], Writer]:
@@ -60,13 +79,15 @@ def literal(value: Any) -> str:
 class Emitter:
     """Collects the statements and arrays of one file."""
 
-    def __init__(self, model: IntegerModel):
-        self.model = model
+    def __init__(self, model: IntegerModel, backend: Backend):
+        self.model, self.backend = model, backend
         self.names: dict[str, str] = {}
         self.taken: set[str] = set(RESERVED)
         self.lines: list[str] = []
         self.arrays: dict[str, np.ndarray] = {}
-        self.packed: dict[str, str] = {}
+        self.packed: dict[str, tuple[str, str]] = {}
+        self.held: set[str] = set()
+        self.whole: dict[str, str] = {}
         self.identities: dict[tuple[int, int], tuple[str, ...]] = {}
         self.readers = Counter(t for op in model.ops for t in op.inputs) + Counter(model.outputs)
         self.producers = {t: op for op in model.ops for t in op.outputs}
@@ -108,10 +129,10 @@ class Emitter:
         self.arrays.setdefault("zero", np.zeros(1, np.int64))
         return "self.zero"
 
-    def pack(self, wanted: str, expression: str) -> str:
-        """A prepacked kernel, made when the file is loaded."""
+    def pack(self, wanted: str, expression: str, kind: str = "Tensor") -> str:
+        """A prepacked kernel of a type, made when the file is loaded."""
         name = self.fresh(wanted)
-        self.packed[name] = expression
+        self.packed[name] = expression, kind
         return f"self.{name}"
 
     @staticmethod
@@ -138,7 +159,24 @@ class Emitter:
 
     def read(self, tensor: str) -> list[str]:
         """A tensor as the arguments value, scale, zero point."""
-        return [self.name(tensor), *map(literal, self.grid(tensor))]
+        return [self.codes(tensor), *map(literal, self.grid(tensor))]
+
+    def codes(self, tensor: str) -> str:
+        """A tensor as plain uint8 codes, or as it is where it has none."""
+        name = self.name(tensor)
+        if tensor not in self.held:
+            return name
+        self.whole[f"torch.int_repr({name})"] = name
+        return f"torch.int_repr({name})"
+
+    def quantized(self, source: list[str]) -> str:
+        """A value, scale and zero point as a quantized tensor; one that already is, is not taken apart for it."""
+        return self.whole.get(source[0]) or f"torch._make_per_tensor_quantized_tensor({', '.join(source)})"
+
+    def holding(self, tensor: str, expression: str) -> str:
+        """The expression of a tensor whose variable will hold a quantized tensor."""
+        self.held.add(tensor)
+        return expression
 
     def bounds(self, op: IntOp) -> tuple[int, int]:
         """The lowest and highest code that an op may give: of a low-bit output and of its fused ReLU."""
@@ -156,7 +194,10 @@ class Emitter:
         return f"{MODULE}.{function}({', '.join(a if isinstance(a, str) else literal(a) for a in arguments)})"
 
     def let(self, tensor: str, expression: str) -> None:
-        """Append a statement."""
+        """Append a statement; what the file gives out is plain."""
+        if tensor in self.held and tensor in self.model.outputs:
+            self.held.remove(tensor)
+            expression = f"torch.int_repr({expression})"
         self.lines.append(f"{self.name(tensor)} = {expression}")
 
     # -- the file -------------------------------------------------------------------------------------------------
@@ -190,7 +231,7 @@ class Emitter:
         }
         facts = {
             "format": FORMAT,
-            "target": "onednn",
+            "target": self.backend.target.name,
             "inputs": {n: self.names[t] for t, n in zip(self.model.inputs, self.model.input_names, strict=True)},
             "outputs": list(self.model.output_names),
             "tensors": tensors,
@@ -208,7 +249,8 @@ class Emitter:
     def _source(self, result: str, kind: str) -> str:
         functions = [FUNCTIONS[n] for n in FUNCTIONS if n in self.functions]
         owner = f"{MODULE}.Artifact"
-        members = ["training : bool", *(f"{n} : Tensor" for n in (*self.arrays, *self.packed))]
+        kinds = {**dict.fromkeys(self.arrays, "Tensor"), **{n: kind for n, (_, kind) in self.packed.items()}}
+        members = ["training : bool", *(f"{n} : {kind}" for n, kind in kinds.items())]
         held = ", ".join(f'"{n}": self.{n}' for n in self.arrays)
         state = f"{{{held}}}" if held else "annotate(Dict[str, Tensor], {})"
         arguments = "".join(f", {self.names[t]}: Tensor" for t in self.model.inputs)
@@ -225,7 +267,7 @@ class Emitter:
             f"  def __setstate__(self: {owner}, state: Tuple[Dict[str, Tensor], bool]) -> NoneType:",
             "    self.training = state[1]",
             *(f'    self.{n} = state[0]["{n}"]' for n in self.arrays),
-            *(f"    self.{n} = {expression}" for n, expression in self.packed.items()),
+            *(f"    self.{n} = {expression}" for n, (expression, _) in self.packed.items()),
             "    return None",
         ]
         return "\n".join([*functions, "\n".join(body), ""])
@@ -250,7 +292,7 @@ def shift_for(ratio: float, bits: int, largest: int, tensor: str) -> int:
 
 @writes("quantize")
 def _quantize(e: Emitter, op: IntOp) -> str:
-    expression = e.call("quantize", e.name(op.inputs[0]), *e.grid(op.outputs[0]), *e.bounds(op))
+    expression = e.call("quantize", e.codes(op.inputs[0]), *e.grid(op.outputs[0]), *e.bounds(op))
     return f"torch.contiguous({expression}, memory_format=2)" if e.rank(op.outputs[0]) == 4 else expression
 
 
@@ -265,9 +307,9 @@ def _table(e: Emitter, op: IntOp) -> str:
     table = e.array(f"{op.id}/table", e.unsigned(op.table))
     shape = op.attrs.get("offsets")
     if shape is None:
-        return e.call("lookup", e.name(op.inputs[0]), table)
+        return e.call("lookup", e.codes(op.inputs[0]), table)
     start = 256 * np.arange(int(np.prod(shape)), dtype=np.int32).reshape(shape)
-    return e.call("lookup_by_slope", e.name(op.inputs[0]), table, e.array(f"{op.id}/start", start))
+    return e.call("lookup_by_slope", e.codes(op.inputs[0]), table, e.array(f"{op.id}/start", start))
 
 
 @writes("batch_matmul")
@@ -297,4 +339,4 @@ def _softmax(e: Emitter, op: IntOp) -> str:
     scale, _ = e.grid(op.inputs[0])
     beta = float(op.attrs.get("beta", 1.0))
     units = np.round(np.exp(-np.arange(256) * scale * beta) * 2.0**23).astype(np.int32)
-    return e.call("softmax", e.name(op.inputs[0]), e.array(f"{op.id}/table", units), int(op.attrs["dim"]))
+    return e.call("softmax", e.codes(op.inputs[0]), e.array(f"{op.id}/table", units), int(op.attrs["dim"]))

@@ -1,7 +1,6 @@
 """TorchScript for sums, differences and products of two tensors, or of a tensor and a constant.
 
-On images of one shape, an identity depthwise kernel takes one operand and adds the other, its accumulator, before it
-rounds: no temporary is larger than the codes. Anything else, and a clamp that this kernel lacks, is integer arithmetic.
+Two tensors go to the backend's kernel, where it has one; everything else is integer arithmetic.
 """
 
 from __future__ import annotations
@@ -9,68 +8,18 @@ from __future__ import annotations
 import numpy as np
 
 from kquant.core.integer import IntOp
-from kquant_torch.emit import Emitter, literal, shift_for, writes
-
-# Their outputs are new and lie in memory channels_last, so that a last reader may write into them.
-FRESH = frozenset({"conv2d", "conv2d_transpose", "avg_pool2d", "add", "sub"})
+from kquant_torch.emit import Emitter, shift_for, writes
 
 
 @writes("add", "sub")
 def _add(e: Emitter, op: IntOp) -> str:
     if any(e.model.tensors[t].constant is not None for t in op.inputs):
         return _with_constant(e, op)
-    return _by_kernel(e, op) if _has_kernel(e, op) else _by_arithmetic(e, op)
+    return e.backend.add(e, op)
 
 
-def _has_kernel(e: Emitter, op: IntOp) -> bool:
-    """Two different images of one shape, and no clamp but a ReLU's or the kernel's own saturation."""
-    a, b = (e.model.tensors[t] for t in op.inputs)
-    low, high = e.bounds(op)
-    plain = high == 255 and low in (0, e.grid(op.outputs[0])[1])
-    return plain and a.id != b.id and a.shape == b.shape and len(a.shape) == 4
-
-
-def _may_overwrite(e: Emitter, tensor: str) -> bool:
-    """Whether nobody else reads a tensor that a kernel has just made."""
-    producer = e.producers.get(tensor)
-    if e.readers[tensor] != 1 or producer is None or producer.kind not in FRESH:
-        return False
-    return producer.kind not in ("add", "sub") or _has_kernel(e, producer)
-
-
-def _by_kernel(e: Emitter, op: IntOp) -> str:
-    a, b = op.inputs
-    if op.kind == "sub":  # a + (-1) * b
-        source, accum, code = b, a, -1
-    else:  # a source with zero point 0 spares the kernel a correction, so it comes first among equals
-        source, accum = sorted(op.inputs, key=lambda t: (_may_overwrite(e, t), e.grid(t)[1] != 0))
-        code = 1
-    held = e.name(accum) if _may_overwrite(e, accum) else f"torch.clone({e.name(accum)}, memory_format=2)"
-    channels = int(e.model.tensors[source].shape[1])
-    kernel, scale = identity(e, channels, code)
-    target = list(map(literal, e.grid(op.outputs[0])))
-    relu = literal("relu") if op.relu and e.grid(op.outputs[0])[1] > 0 else "None"
-    window = ["[1, 1]", "[0, 0]", "[1, 1]", literal(channels)]
-    arguments = [
-        *e.read(source), kernel, scale, "self.zero", held, "None", *window, *target, "0",
-        *map(literal, e.grid(accum)), '"sum"', "1.0", relu, "annotate(List[Optional[number]], [])", '""',
-    ]  # fmt: skip
-    return f"ops.onednn.qconv2d_pointwise({', '.join(arguments)})"
-
-
-def identity(e: Emitter, channels: int, code: int) -> tuple[str, ...]:
-    """A packed depthwise kernel of one code, and its scales; one for each number of channels."""
-    if (channels, code) not in e.identities:
-        name = f"{'identity' if code == 1 else 'negation'}_{channels}"
-        kernel = e.array(f"{name}_kernel", np.full((channels, 1, 1, 1), code, np.int8))
-        scale = e.array(f"{name}_scale", np.ones(channels, np.float32))
-        e.zero()
-        prepack = f"{kernel}, {scale}, 1.0, 0, [1, 1], [0, 0], [1, 1], {channels}"
-        e.identities[channels, code] = e.pack(f"{name}_packed", f"ops.onednn.qconv_prepack({prepack})"), scale
-    return e.identities[channels, code]
-
-
-def _by_arithmetic(e: Emitter, op: IntOp) -> str:
+def add_codes(e: Emitter, op: IntOp) -> str:
+    """A sum or a difference in integer arithmetic."""
     a, b = op.inputs
     target = e.grid(op.outputs[0])
     # Both products and the zero point stay below 2^28 each, so their sum is an int32.
@@ -111,6 +60,12 @@ def _mul(e: Emitter, op: IntOp) -> str:
         units = np.round(ratios * 2.0**shift).astype(np.int32)
         factor = e.array(f"{op.id}/factor", units)
         return e.call("mul_constant", *e.read(source), factor, *target, *e.bounds(op), shift)
+    return e.backend.mul(e, op)
+
+
+def mul_codes(e: Emitter, op: IntOp) -> str:
+    """A product in integer arithmetic."""
     a, b = op.inputs
+    target = e.grid(op.outputs[0])
     shift = shift_for(e.grid(a)[0] * e.grid(b)[0] / target[0], 14, 21, op.outputs[0])
     return e.call("mul", *e.read(a), *e.read(b), *target, *e.bounds(op), shift)

@@ -109,7 +109,7 @@ def _float(e: Emitter, op: IntOp) -> str:
             part.attrs.get("reason", part.kind),
             "Cut it off before the export, or write it with other layers",
         )
-    return FORMS[part.kind](e, part, [e.name(t) for t in op.inputs])
+    return FORMS[part.kind](e, part, [e.codes(t) for t in op.inputs])
 
 
 # Float functions with a kernel, the second argument, and the axis of it that holds the output channels of a group.

@@ -1,8 +1,6 @@
-"""TorchScript for ops with weights: plain int8 kernels in the file, prepacked for oneDNN when it is loaded."""
+"""TorchScript for ops with weights: plain int8 kernels in the file, prepacked for the backend when it is loaded."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -18,36 +16,25 @@ def needs_clamp(e: Emitter, op: IntOp) -> bool:
     return high < 255 or low not in (0, zero_point)
 
 
-def post_op(e: Emitter, op: IntOp) -> list[str]:
-    """The kernel's fused activation `attr, scalars`: what its own saturation to uint8 does not do."""
-    (low, high), (scale, zero_point) = e.bounds(op), e.grid(op.outputs[0])
-    limits: list[float] = []
-    name = "none"
-    if needs_clamp(e, op):
-        name, limits = "hardtanh", [(low - zero_point) * scale, (high - zero_point) * scale]
-    elif low > 0:
-        name = "relu"
-    return [literal(name), f"annotate(List[Optional[number]], {literal(limits)})"]
-
-
-def arrays(e: Emitter, op: IntOp, codes: np.ndarray) -> tuple[str, list[str]]:
-    """The kernel's codes in the file, and the arguments scale, zero point and bias that go with them."""
+def arrays(e: Emitter, op: IntOp, codes: np.ndarray) -> tuple[str, str, str]:
+    """A kernel in the file: its codes, scales and bias."""
     weight = op.weight
     assert weight is not None
     kernel = e.array(f"{op.id}/kernel", codes)
     scale = e.array(f"{op.id}/scale", weight.scale)
-    return kernel, [scale, e.zero(), e.array(f"{op.id}/bias", held_bias(e, op).astype(np.float32))]
+    return kernel, scale, e.array(f"{op.id}/bias", held_bias(e, op).astype(np.float32))
 
 
 def held_bias(e: Emitter, op: IntOp) -> np.ndarray:
     """The bias as a multiple of `s_in * s_w`, as integer kernels hold it, so that every artifact gives the same codes.
 
-    Where that unit is so coarse that rounding to it would show, the bias is held as it is: the kernel takes a float.
+    Where that unit is so coarse that rounding to it would show, a kernel that takes a float is given the bias as it is.
     """
     weight = op.weight
     assert weight is not None
     unit = bias_unit(e.affine(op.inputs[0]), weight.scale)
-    if bias_error(weight.bias, unit, e.affine(op.outputs[0])) > TIE:
+    takes_float = e.backend.target.accumulator.bias_limit == float("inf")
+    if takes_float and bias_error(weight.bias, unit, e.affine(op.outputs[0])) > TIE:
         return weight.bias
     rounded: np.ndarray = round_half_up(weight.bias / unit) * unit
     return rounded
@@ -64,33 +51,11 @@ def bias_unit(source: Affine, scale: np.ndarray) -> np.ndarray:
     return unit
 
 
-def convolution(
-    e: Emitter, op: IntOp, source: list[str], codes: np.ndarray, stride: Any, padding: Any, dilation: Any, groups: int,
-    shape: list[int] | None = None,
-) -> str:  # fmt: skip
-    """One convolution kernel over `source` (value, scale, zero point).
-
-    The kernel is packed for inputs of `shape`, which decides the layout of its blocks: in another layout, 34 of the 53
-    convolutions of a ResNet-50 would be brought into theirs at each call, which takes twelve times as long as they do.
-    """
-    kernel, rest = arrays(e, op, codes)
-    shape = kernel_shape(e, op) if shape is None else shape
-    window = [literal(list(v)) for v in (stride, padding, dilation)] + [literal(groups)]
-    prepack = ", ".join([kernel, rest[0], *source[1:], *window, literal(shape)])
-    made = e.pack(f"{op.id}/packed", f"ops.onednn.qconv_prepack({prepack})")
-    target = list(map(literal, e.grid(op.outputs[0])))
-    # Only the kernel of two spatial axes has a clamp; on codes it gives the same.
-    apart = codes.ndim != 4 and needs_clamp(e, op)
-    fused = ['"none"', "annotate(List[Optional[number]], [])"] if apart else post_op(e, op)
-    made = f'ops.onednn.qconv_pointwise({", ".join([*source, made, *rest, *window, *target, "0", *fused])}, "")'
-    return f"torch.clamp({made}, {', '.join(map(literal, e.bounds(op)))})" if apart else made
-
-
 @writes("conv2d")
 def _conv(e: Emitter, op: IntOp) -> str:
     assert op.weight is not None
     a = op.attrs
-    return convolution(
+    return e.backend.convolution(
         e, op, e.read(op.inputs[0]), op.weight.codes, a["stride"], a["padding"], a["dilation"], a["groups"]
     )
 
@@ -116,31 +81,24 @@ def _transposed(e: Emitter, op: IntOp) -> str:
     sizes = zip(given[2:], a["stride"], reach, after, strict=True)
     shape = [*given[:2], *((n - 1) * s + 1 + before + behind for n, s, before, behind in sizes)]
     kernel = np.ascontiguousarray(codes)
-    return convolution(e, op, [wide, *source[1:]], kernel, ones, [0] * rank, a["dilation"], a["groups"], shape)
+    return e.backend.convolution(
+        e, op, [wide, *source[1:]], kernel, ones, [0] * rank, a["dilation"], a["groups"], shape
+    )
 
 
 @writes("dense")
 def _dense(e: Emitter, op: IntOp) -> str:
-    assert op.weight is not None
-    kernel, rest = arrays(e, op, op.weight.codes)
-    made = e.pack(f"{op.id}/packed", f"ops.onednn.qlinear_prepack({kernel}, None)")
-    target = list(map(literal, e.grid(op.outputs[0])))
-    arguments = [*e.read(op.inputs[0]), made, *rest, *target, "0", *post_op(e, op), '""']
-    return f"ops.onednn.qlinear_pointwise({', '.join(arguments)})"
+    return e.backend.dense(e, op)
 
 
 @writes("channel_affine")
 def _channel_affine(e: Emitter, op: IntOp) -> str:
     """A 1x1 depthwise kernel with one code per channel; the factor is its scale."""
     assert op.weight is not None
-    codes, source = op.weight.codes.reshape(-1, 1, 1, 1), e.read(op.inputs[0])
-    axis, channels = op.attrs["axis"], op.weight.codes.size
-    if e.rank(op.inputs[0]) == 4 and axis == 1:
-        return convolution(e, op, source, codes, (1, 1), (0, 0), (1, 1), channels)
-    kernel, rest = arrays(e, op, codes)
-    prepack = ", ".join([kernel, rest[0], *source[1:], "[1, 1], [0, 0], [1, 1]", literal(channels)])
-    made = e.pack(f"{op.id}/packed", f"ops.onednn.qconv_prepack({prepack})")
-    return e.call("channel_affine", *source, made, *rest, *e.grid(op.outputs[0]), *post_op(e, op), axis)
+    if e.rank(op.inputs[0]) != 4 or op.attrs["axis"] != 1:
+        return e.backend.channel_affine(e, op)
+    codes = op.weight.codes.reshape(-1, 1, 1, 1)
+    return e.backend.convolution(e, op, e.read(op.inputs[0]), codes, (1, 1), (0, 0), (1, 1), codes.size)
 
 
 @writes("avg_pool2d")
@@ -153,12 +111,12 @@ def _average(e: Emitter, op: IntOp) -> str:
     scale = np.full(channels, 1.0 / count, np.float32)
     made = IntOp(**{**vars(op), "weight": IntWeight(codes, scale, 8, np.zeros(channels))})
     ones = [1] * a["rank"]
-    return convolution(e, made, e.read(op.inputs[0]), codes, a["stride"], a["padding"], ones, channels)
+    return e.backend.convolution(e, made, e.read(op.inputs[0]), codes, a["stride"], a["padding"], ones, channels)
 
 
 @writes("embedding")
 def _embedding(e: Emitter, op: IntOp) -> str:
     table = e.array(f"{op.id}/table", e.unsigned(op.attrs["constant"]))
-    ids = e.name(op.inputs[0])
+    ids = e.codes(op.inputs[0])
     found = f"torch.index_select({table}, 0, torch.reshape({ids}, [-1]))"
     return f"torch.reshape({found}, torch.add(torch.size({ids}), {literal([op.attrs['constant'].shape[1]])}))"

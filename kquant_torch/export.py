@@ -17,13 +17,12 @@ from kquant.core.lower import lower
 from kquant.core.ready import check_integer, check_ranges, check_started
 from kquant.core.reports import ExportReport
 from kquant.core.target import Target
-from kquant_torch import emit_add, emit_float, emit_linear, emit_shapes  # noqa: F401  entering their writing functions
 from kquant_torch.archive import encode
 from kquant_torch.audit import audit_bytes
-from kquant_torch.emit import Emitter
+from kquant_torch.backends import BACKENDS
+from kquant_torch.emit import Backend, Emitter
 from kquant_torch.target import ONEDNN, PORTABLE
 
-BACKENDS = ("onednn",)
 # uint8 codes are those of the integer model plus 128; inside, both are the same tensor.
 BOUNDARY = {"float32": "float32", "uint8": "int8"}
 
@@ -79,7 +78,8 @@ def export_torchscript(
         qmodel: a model from `wrap` or a quantizer.
         path: the file to write; it is replaced only if the export succeeds.
         example_inputs: one batch, as `wrap` takes it.
-        backend: `"onednn"`: plain integer tensors and oneDNN kernels.
+        backend: `"onednn"`: plain integer tensors and oneDNN kernels. `"quantized"`: torch's `quantized::` kernels, for
+            builds without oneDNN, with the engine (`torch.backends.quantized.engine`) of the process that loads it.
         input_type, output_type: `"float32"` (quantized at entry and exit) or `"uint8"`.
         allow_float: write float ops where the model has them, instead of refusing.
 
@@ -92,7 +92,7 @@ def export_torchscript(
         RangeError: a range that the kernels cannot hold.
     """
     for name, value, choices in (
-        ("backend", backend, BACKENDS), ("input_type", input_type, tuple(BOUNDARY)),
+        ("backend", backend, tuple(BACKENDS)), ("input_type", input_type, tuple(BOUNDARY)),
         ("output_type", output_type, tuple(BOUNDARY)),
     ):  # fmt: skip
         if value not in choices:
@@ -100,16 +100,17 @@ def export_torchscript(
     start = time.perf_counter()
     graph = quantized_graph(qmodel)
     check_inputs(graph, example_inputs)
-    return write(integer_model(graph), path, input_type, output_type, allow_float, start)
+    chosen = BACKENDS[backend]
+    return write(integer_model(graph, chosen.target), chosen, path, input_type, output_type, allow_float, start)
 
 
 def write(
-    model: IntegerModel, path: Any, input_type: str, output_type: str, allow_float: bool, start: float
+    model: IntegerModel, backend: Backend, path: Any, input_type: str, output_type: str, allow_float: bool, start: float
 ) -> ExportReport:
     """Write an integer model; what `export_torchscript` does once the model is read."""
     if not allow_float:
         check_integer(model)
-    archive = Emitter(with_boundary(model, BOUNDARY[input_type], BOUNDARY[output_type])).build()
+    archive = Emitter(with_boundary(model, BOUNDARY[input_type], BOUNDARY[output_type]), backend).build()
     data = encode(archive)
     report = audit_bytes(data, str(path))
     if not report.fully_integer and not allow_float:

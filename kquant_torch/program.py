@@ -32,8 +32,17 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "ops.onednn.qlinear_pointwise": tuple(LINEAR.split()),
     "ops.onednn.qconv_prepack": tuple(PACKING.split()),
     "ops.onednn.qlinear_prepack": ("kernel", "shape"),
+    "torch._make_per_tensor_quantized_tensor": ("x", "x_scale", "x_zero_point"),
 }
+QUANTIZED = {
+    f"ops.quantized.{name}{relu}" for relu in ("", "_relu") for name in ("conv1d", "conv2d", "conv3d", "linear")
+}
+SIGNATURES |= dict.fromkeys(QUANTIZED, ("x", "kernel", "scale", "zero_point"))
+SUMMED = {f"ops.quantized.{name}{relu}" for relu in ("", "_relu") for name in ("add", "mul")}
+SIGNATURES |= dict.fromkeys(SUMMED, ("a", "b", "scale", "zero_point"))
 RUNTIME = f"{MODULE}."
+PREPACKING = {"ops.onednn.qconv_prepack", "ops.onednn.qlinear_prepack"}
+PREPACKING |= {f"{RUNTIME}pack_{name}" for name in ("conv1d", "conv2d", "conv3d", "linear")}
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,12 @@ class Program:
     def arguments(self, call: ast.Call) -> dict[str, ast.expr]:
         """The arguments of a call by name, of a function with a signature."""
         return dict(zip(self.signature(dotted(call.func)) or (), call.args, strict=False))
+
+    def weights(self, call: ast.Call) -> dict[str, ast.expr]:
+        """The arguments of a call with a kernel, and those with which the kernel was prepacked, by name."""
+        arguments = self.arguments(call)
+        packed = self.arguments(self.packed[dotted(arguments["kernel"]).removeprefix("self.")])
+        return {**packed, **{n: a for n, a in arguments.items() if n != "kernel"}}
 
     def grids(self) -> dict[str, set[tuple[float, int]]]:
         """For each variable, every scale and zero point with which the code reads or writes it."""
@@ -171,7 +186,7 @@ def _packed(method: ast.FunctionDef, arrays: set[str]) -> dict[str, ast.Call]:
             raise ValueError(f"line {node.lineno}: an assignment is expected")
         name = dotted(node.targets[0]).removeprefix("self.")
         source = ast.unparse(node.value)
-        if isinstance(node.value, ast.Call) and dotted(node.value.func) in SIGNATURES:
+        if isinstance(node.value, ast.Call) and dotted(node.value.func) in PREPACKING:
             found[name] = node.value
         elif name == "training" and source == "state[1]":
             continue

@@ -19,22 +19,39 @@ from kquant.core.files import read_bytes
 from kquant_torch.archive import CLASS, MODULE, ROOT, Archive, decode, encode
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.program import Program, calls, dotted, parse
+from kquant_torch.target import QUANTIZED, TARGETS
 
 
-def loaded(data: bytes, where: str) -> Any:
-    """The TorchScript module in a file's bytes. This runs the file's code.
+def engines() -> list[str]:
+    """The engines of quantized kernels in this build of torch."""
+    return [name for name in torch.backends.quantized.supported_engines if name != "none"]
+
+
+def check_build(target: str, where: str) -> None:
+    """Refuse a file whose kernels this build of torch lacks.
 
     Raises:
-        ArtifactError: torch cannot load it; on a build without oneDNN with what to do.
+        ArtifactError: with what to do.
     """
-    if not torch.backends.mkldnn.is_available():
+    if target == QUANTIZED.name:
+        if not engines():
+            raise ArtifactError(where, "a build of torch with a quantized engine", "none of fbgemm, qnnpack, onednn")
+    elif not torch.backends.mkldnn.is_available():
         raise ArtifactError(
             where,
             "a build of torch with oneDNN",
             "torch.backends.mkldnn.is_available() is False",
-            "This file is for oneDNN kernels; engines without it need an export with "
-            'backend="quantized", which kquant lacks',
+            'Its kernels are oneDNN\'s: export it with backend="quantized" for fbgemm or qnnpack',
         )
+
+
+def loaded(data: bytes, target: str, where: str) -> Any:
+    """The TorchScript module in a file's bytes, which is of a target. This runs the file's code.
+
+    Raises:
+        ArtifactError: torch cannot load it; on a build without its kernels with what to do.
+    """
+    check_build(target, where)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
@@ -50,6 +67,8 @@ def facts(archive: Archive, where: str) -> dict[str, Any]:
         found = json.loads(archive.extra[f"{ROOT}.json"])
         if not isinstance(found["tensors"], dict) or not isinstance(found["inputs"], dict):
             raise TypeError("tensors and inputs are expected")
+        if found["target"] not in TARGETS:
+            raise ValueError(f"the target {found['target']!r} is not one of {', '.join(TARGETS)}")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ArtifactError(where, "a description of the artifact's tensors", str(error)) from error
     return dict(found)
@@ -67,7 +86,7 @@ class Artifact:
         archive = decode(data, where)
         self.where, self.facts = where, facts(archive, where)
         self.input_names, self.output_names = list(self.facts["inputs"]), list(self.facts["outputs"])
-        self._module = loaded(data, where)
+        self._module = loaded(data, self.facts["target"], where)
 
     def __call__(self, x: Any) -> Any:
         """Run it.
@@ -131,12 +150,15 @@ def run_all(data: bytes, inputs: list[np.ndarray], where: str = "artifact") -> d
     """
     archive = decode(data, where)
     program = parse(archive, where)
-    module = loaded(encode(dataclasses.replace(archive, code=_keeping(archive, program))), where)
+    described = facts(archive, where)
+    kept = encode(dataclasses.replace(archive, code=_keeping(archive, program)))
+    module = loaded(kept, described["target"], where)
     with torch.no_grad():
         values = module(*(torch.from_numpy(np.ascontiguousarray(v)) for v in inputs))
     names = [*program.inputs, *(s.name for s in program.statements)]
-    described = facts(archive, where)["tensors"]
-    found = {described[n]["id"]: v.numpy() for n, v in zip(names, values, strict=True) if n in described}
+    tensors = described["tensors"]
+    plain = [v.int_repr() if v.is_quantized else v for v in values]
+    found = {tensors[n]["id"]: v.numpy() for n, v in zip(names, plain, strict=True) if n in tensors}
     return {i: as_codes(v) for i, v in found.items()}
 
 
@@ -146,7 +168,7 @@ def run_each(
     """Run each computing statement of an artifact on given integers instead of those of the statement before it.
 
     Args:
-        data: the file.
+        data: the file, with oneDNN's kernels.
         inputs: of the model.
         kinds: the last names of the functions that compute; every other statement moves what it reads.
         given: what each computing statement should have given, in order: what is read further on.
@@ -170,7 +192,7 @@ def run_each(
     arguments = "".join(f", {n}: Tensor" for n in program.inputs) + ", given: List[Tensor]"
     result = f"return [{', '.join(f'kept_{i}' for i in range(len(names)))}]"
     code = _with_forward(archive, arguments, [*lines, result])
-    module = loaded(encode(dataclasses.replace(archive, code=code)), where)
+    module = loaded(encode(dataclasses.replace(archive, code=code)), facts(archive, where)["target"], where)
     tensors = [torch.from_numpy(g) for g in given]
     layout = [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
     with torch.no_grad():

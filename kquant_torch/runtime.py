@@ -133,6 +133,35 @@ def channel_affine(
     scale, zero_point, 0, attr, scalars, "")
   return torch.movedim(torch.reshape(torch.permute(z, [0, 2, 3, 1]), torch.size(y)), -1, axis)
 """)
+# The same by `quantized::conv2d`, whose packed kernel has the scales and biases in it.
+_enter("""
+def channel_affine_quantized(
+    x: Tensor, x_scale: float, x_zero_point: int,
+    kernel: __torch__.torch.classes.quantized.Conv2dPackedParamsBase, scale: float, zero_point: int, low: int,
+    high: int, axis: int) -> Tensor:
+  y = torch.movedim(x, axis, -1)
+  flat = torch.permute(torch.reshape(y, [1, 1, -1, torch.size(y, -1)]), [0, 3, 1, 2])
+  q = torch._make_per_tensor_quantized_tensor(flat, x_scale, x_zero_point)
+  z = torch.clamp(torch.int_repr(ops.quantized.conv2d(q, kernel, scale, zero_point)), low, high)
+  return torch.movedim(torch.reshape(torch.permute(z, [0, 2, 3, 1]), torch.size(y)), -1, axis)
+""")
+# Plain codes and scales become a kernel of the engine that is chosen when the file is loaded.
+for _rank, _type in ((1, "Conv2d"), (2, "Conv2d"), (3, "Conv3d")):
+    _enter(f"""
+def pack_conv{_rank}d(
+    kernel: Tensor, kernel_scale: Tensor, bias: Tensor, stride: List[int], padding: List[int], dilation: List[int],
+    groups: int) -> __torch__.torch.classes.quantized.{_type}PackedParamsBase:
+  zero_points = torch.zeros(torch.size(kernel_scale), dtype=4)
+  weight = torch._make_per_channel_quantized_tensor(kernel, kernel_scale, zero_points, 0)
+  return ops.quantized.conv{_rank}d_prepack(weight, bias, stride, padding, dilation, groups)
+""")
+_enter("""
+def pack_linear(
+    kernel: Tensor, kernel_scale: Tensor, bias: Tensor) -> __torch__.torch.classes.quantized.LinearPackedParamsBase:
+  zero_points = torch.zeros(torch.size(kernel_scale), dtype=4)
+  weight = torch._make_per_channel_quantized_tensor(kernel, kernel_scale, zero_points, 0)
+  return ops.quantized.linear_prepack(weight, bias)
+""")
 # Zeros between the elements, which are zero points: what turns a transposed convolution into an ordinary one.
 _enter("""
 def spread(x: Tensor, x_zero_point: int, stride: List[int], before: List[int], after: List[int]) -> Tensor:

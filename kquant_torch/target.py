@@ -68,6 +68,19 @@ def _row(kind: str, kernel: str) -> Row:
     return replace(ROWS[kind], target=kernel, **plain)
 
 
+# The kernels that do not need oneDNN, of every engine; measured on fbgemm, qnnpack, x86 and onednn: see `QUANTIZED`.
+QUANTIZED_KERNELS: dict[str, str] = {
+    **KERNELS,
+    "conv2d": "quantized::conv2d",
+    "conv2d_transpose": "quantized::conv2d",  # behind kquant::spread
+    "channel_affine": "quantized::conv2d",
+    "avg_pool2d": "quantized::conv2d",  # a kernel of ones
+    "dense": "quantized::linear",
+    "add": "quantized::add",
+    "sub": "kquant::add",
+    "mul": "quantized::mul",
+}
+
 ONEDNN = Target(
     name="onednn",
     rows={kind: _row(kind, kernel) for kind, kernel in KERNELS.items()} | {"identity": ROWS["identity"]},
@@ -78,3 +91,16 @@ ONEDNN = Target(
     clamps=True,
     accumulator=Accumulator(),
 )
+
+# Random codes, scales and settings through each kernel on the four engines: none is off by more than 0.51 codes, with
+# the biases that QNNPACK holds in int32. Without VNNI fbgemm adds pairs of products in saturating int16, as oneDNN does
+# (FBGEMM_ENABLE_INSTRUCTIONS=AVX2 shows it): up to 57 codes, and exact within +-64. A sum times its multiplier must fit
+# the int32 that they round into.
+QUANTIZED = replace(
+    ONEDNN,
+    name="quantized",
+    rows={kind: _row(kind, kernel) for kind, kernel in QUANTIZED_KERNELS.items()} | {"identity": ROWS["identity"]},
+    accumulator=Accumulator(bias_limit=2.0**30, largest=2.0**8),
+)
+
+TARGETS = {target.name: target for target in (ONEDNN, QUANTIZED)}  # of TorchScript files

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from kquant.core.affine import bias_error
 from kquant.core.calibration import batches
 from kquant.core.files import read_bytes
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.parameters import FLOAT_UNIT, Found, Grid, compare_grids, compare_weight
-from kquant.core.parity import MEAN_ERROR_LIMIT, ParityReport
+from kquant.core.parity import MEAN_ERROR_LIMIT, TIE, ParityReport
 from kquant.core.target import Target
 from kquant.core.verification import Verification, check_same
 from kquant_torch.archive import Archive, decode
@@ -22,7 +23,7 @@ from kquant_torch.export import integer_model, quantized_graph
 from kquant_torch.onnx_emit import ONNX
 from kquant_torch.program import Program, array_of, calls, dotted, parse
 from kquant_torch.run import facts, run_all
-from kquant_torch.target import ONEDNN
+from kquant_torch.target import ONEDNN, TARGETS
 
 ZIP = b"PK\x03\x04"
 PROGRAM = b"/archive_format"  # a record that every file of torch.export has
@@ -70,12 +71,14 @@ def _verify_whole(
 
 
 def _verify_torchscript(graph: Graph, content: bytes, where: str, path: str, data: Any) -> ParityReport:
-    model, archive = integer_model(graph), decode(content, where)
-    program, described = parse(archive, where), facts(archive, where)["tensors"]
-    variables = {d["id"]: name for name, d in described.items()}
+    archive = decode(content, where)
+    program, described = parse(archive, where), facts(archive, where)
+    target = TARGETS[described["target"]]
+    model = integer_model(graph, target)
+    variables = {d["id"]: name for name, d in described["tensors"].items()}
     check_same(model, set(variables), where)
-    problems, checked = compare_parameters(model, archive, program, variables)
-    run = Verification(graph, model, ONEDNN, _File(content, where))
+    problems, checked = compare_parameters(model, archive, program, variables, target)
+    run = Verification(graph, model, target, _File(content, where, model, target))
     for feeds in batches(data, graph):
         run.batch(feeds)
     return run.report(path, problems, checked)
@@ -84,14 +87,18 @@ def _verify_torchscript(graph: Graph, content: bytes, where: str, path: str, dat
 class _File:
     """A TorchScript artifact for `Verification`."""
 
-    def __init__(self, content: bytes, where: str):
-        self.content, self.where = content, where
+    def __init__(self, content: bytes, where: str, model: IntegerModel, target: Target):
+        self.content, self.where, self.model, self.target = content, where, model, target
 
     def run(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
         return run_all(self.content, values, self.where)
 
     def bias_slack(self, op: IntOp) -> float:
-        return 0.0  # a float32 bias has no unit
+        source, affine = (self.model.tensors[t].affine for t in (op.inputs[0], op.outputs[0]))
+        if self.target.accumulator.bias_limit == float("inf") or op.weight is None or source is None or affine is None:
+            return 0.0  # a float32 bias has no unit
+        error = bias_error(op.weight.bias, bias_unit(source, op.weight.scale), affine)
+        return error if error > TIE else 0.0
 
     def mean_bound(self, op: IntOp) -> float:
         return MEAN_ERROR_LIMIT
@@ -101,7 +108,7 @@ class _File:
 
 
 def compare_parameters(
-    model: IntegerModel, archive: Archive, program: Program, variables: dict[str, str]
+    model: IntegerModel, archive: Archive, program: Program, variables: dict[str, str], target: Target
 ) -> tuple[list[str], int]:
     """What in the file is not as trained, in words, and how many arrays and grids were compared."""
     stated = program.grids()
@@ -120,7 +127,7 @@ def compare_parameters(
         if isinstance(found, str):
             problems.append(f"op {op.id!r}: {found}")
         else:
-            problems += compare_weight(op, found, model, ONEDNN.accumulator)
+            problems += compare_weight(op, found, model, target.accumulator)
     return problems, checked
 
 
@@ -129,22 +136,22 @@ def _found(op: IntOp, program: Program, archive: Archive, expression: Any, model
     used = [c for c in calls(expression) if "kernel" in program.arguments(c)] if expression is not None else []
     if len(used) != 1:
         return "its kernel is not in the file"
-    arguments = program.arguments(used[0])
+    arguments, held = program.arguments(used[0]), program.weights(used[0])
     packed = program.arguments(program.packed[dotted(arguments["kernel"]).removeprefix("self.")])
     if "x_zero_point" in packed and any(
         np.float64(packed[n].value) != np.float64(arguments[n].value) for n in ("x_scale", "x_zero_point")
     ):
         return "its kernel was prepacked for another input grid"
-    codes = _by_channel(op, array_of(packed["kernel"], archive))
-    scale, bias = (array_of(arguments[n], archive) for n in ("kernel_scale", "bias"))
+    codes, scale, bias = (array_of(held[n], archive) for n in ("kernel", "kernel_scale", "bias"))
+    codes = _by_channel(op, codes)
     source = model.tensors[op.inputs[0]].affine
     assert source is not None
     unit = bias_unit(source, scale)
     steps = bias / unit
     last_bits = 1e-7 * np.abs(steps)  # of a float32; where they are no less than the unit, there is no grid
     on_grid = (np.abs(steps - np.round(steps)) <= 1e-3 + last_bits) & (last_bits < 0.1)
-    held = np.where(on_grid, np.round(steps) * unit, bias)
-    return Found(codes, scale, held, np.where(on_grid, unit, np.abs(bias) * FLOAT_UNIT + 1e-30))
+    real = np.where(on_grid, np.round(steps) * unit, bias)
+    return Found(codes, scale, real, np.where(on_grid, unit, np.abs(bias) * FLOAT_UNIT + 1e-30))
 
 
 def _by_channel(op: IntOp, codes: np.ndarray) -> np.ndarray:

@@ -33,6 +33,49 @@ def test_what_it_says_of_a_whole_file(data):
     assert report.file_bytes == len(data) and report.runtime == "torch"
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory) -> bytes:
+    return exported(tmp_path_factory.mktemp("quantized"), backend="quantized")[1].read_bytes()
+
+
+def test_the_quantized_backend_has_the_same_work_and_kernels(data, quantized):
+    report, other = audit_bytes(quantized), audit_bytes(data)
+    assert report.fully_integer and report.macs == other.macs
+    rows, others = ({row.name: row for row in r.ops} for r in (report, other))
+    assert rows["depth"].inputs == ("quint8", "int8") and rows["depth"].output == "quint8"
+    assert rows["depth"].kind == "quantized::conv2d" and rows["head"].kind == "quantized::linear"
+    assert rows["relu#2"].kind == "quantized::add"
+    for name in ("relu", "depth", "up", "head"):
+        assert rows[name].bytes < others[name].bytes  # no zero point for each kernel
+        assert rows[name]._replace(kind="", inputs=(), output="", bytes=0) == others[name]._replace(
+            kind="", inputs=(), output="", bytes=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "op", "cause"),
+    [
+        ("conv2d_prepack(weight, bias,", "conv2d_prepack(weight, None,", "depth", "quantized::conv2d reads float"),
+        (
+            "    mean = ",
+            "    extra = torch.dequantize(depth)\n    mean = ",
+            "extra",
+            "aten::dequantize is not an integer",
+        ),
+        (
+            "    mean = ",
+            "    extra = torch._make_per_tensor_quantized_tensor(x, 1.0, 0)\n    mean = ",
+            "extra",
+            "reads float values",
+        ),
+    ],
+)
+def test_what_is_not_integer_in_the_quantized_backend_is_named(quantized, old, new, op, cause):
+    report = audit_bytes(changed(quantized, old, new))
+    assert not report.fully_integer
+    assert any(op == f.name and cause in f.cause for f in report.float_ops), report.float_ops
+
+
 def changed(data: bytes, old: str, new: str) -> bytes:
     archive = decode(data)
     assert old in archive.code
@@ -58,8 +101,9 @@ def test_what_is_not_integer_is_named_with_its_cause(data, old, new, cause):
     assert any(cause in op.cause for op in report.float_ops), report.float_ops
 
 
-def test_float_weights_are_not_integer(data):
-    archive = decode(data)
+@pytest.mark.parametrize("file", ["data", "quantized"])
+def test_float_weights_are_not_integer(file, request):
+    archive = decode(request.getfixturevalue(file))
     tensors = {n: a.astype(np.float32) if n == "depth_kernel" else a for n, a in archive.tensors.items()}
     report = audit_bytes(encode(Archive(archive.code, tensors, archive.extra)))
     assert [op.name for op in report.float_ops] == ["depth"]

@@ -1,5 +1,6 @@
 """A TorchScript file that is not the trained model: one number changed in it, and `verify` says so and names the op."""
 
+import json
 import re
 
 import numpy as np
@@ -11,9 +12,16 @@ from kquant.core.errors import KQuantError
 from kquant_torch.archive import decode, encode
 
 
+@pytest.fixture(scope="module", params=["onednn", "quantized"])
+def trained(tmp_path_factory, request):
+    qmodel, path = exported(tmp_path_factory.mktemp("verify"), backend=request.param)
+    return qmodel, decode(path.read_bytes()), path.with_name("changed.pt")
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    qmodel, path = exported(tmp_path_factory.mktemp("verify"))
+def alone(tmp_path_factory):
+    """The same for one backend."""
+    qmodel, path = exported(tmp_path_factory.mktemp("onednn"))
     return qmodel, decode(path.read_bytes()), path.with_name("changed.pt")
 
 
@@ -34,8 +42,8 @@ def test_the_file_as_written_is_as_trained(trained):
     assert problems(trained) == ""
 
 
-# array of the file: the op that verify names
-KERNELS = {"relu": "relu", "depth": "depth", "up": "up", "head": "head"}
+# op with a kernel: the tensor that it reads
+KERNELS = {"relu": "x/quantized", "depth": "relu", "up": "relu#2", "head": "mean"}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -45,7 +53,7 @@ def test_one_weight_code(trained, name, element):
     codes = tensors[f"{name}_kernel"].copy()
     codes.flat[element] += -1 if codes.flat[element] > 0 else 1
     tensors[f"{name}_kernel"] = codes
-    assert f"op {KERNELS[name]!r}: the kernel" in problems(trained, tensors=tensors)
+    assert f"op {name!r}: the kernel" in problems(trained, tensors=tensors)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -53,11 +61,11 @@ def test_one_bias(trained, name):
     """By a tenth of its unit, input scale times weight scale, which no accuracy would show."""
     tensors = dict(trained[1].tensors)
     bias = tensors[f"{name}_bias"].copy()
-    call = next(line for line in trained[1].code.splitlines() if f"self.{name}_packed, " in line)
-    scale = float(re.search(r"pointwise\(\w+, ([\d.e-]+),|spread\([^)]*\), ([\d.e-]+),", call).expand(r"\1\2"))
+    described = json.loads(trained[1].extra["kquant.json"])["tensors"].values()
+    (scale,) = (tensor["scale"] for tensor in described if tensor["id"] == KERNELS[name])
     bias[1] += np.float32(0.1 * scale * tensors[f"{name}_scale"][1])
     tensors[f"{name}_bias"] = bias
-    assert f"op {KERNELS[name]!r}: the bias of channel 1" in problems(trained, tensors=tensors)
+    assert f"op {name!r}: the bias of channel 1" in problems(trained, tensors=tensors)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -66,7 +74,7 @@ def test_one_weight_scale(trained, name):
     scale = tensors[f"{name}_scale"].copy()
     scale[1] *= np.float32(1 + 1e-5)
     tensors[f"{name}_scale"] = scale
-    assert f"op {KERNELS[name]!r}: the kernel of channel 1" in problems(trained, tensors=tensors)
+    assert f"op {name!r}: the kernel of channel 1" in problems(trained, tensors=tensors)
 
 
 def changed_number(code: str, statement: str, place: int, change) -> str:
@@ -86,7 +94,7 @@ def changed_number(code: str, statement: str, place: int, change) -> str:
         ("x_quantized", 0, lambda s: s * (1 + 1e-5), "x/quantized"),  # the scale that it writes
         ("x_quantized", 1, lambda z: z + 1, "x/quantized"),
         ("relu", 0, lambda s: s * (1 + 1e-5), "x/quantized"),  # the scale with which the kernel reads it
-        ("depth", 1, lambda z: z + 1, "relu"),
+        ("head", 1, lambda z: z + 1, "mean"),
         ("mean", 0, lambda s: s * (1 + 1e-5), "max_pool2d"),
     ],
 )
@@ -103,11 +111,20 @@ def test_one_entry_of_a_table(trained):
     assert "op 'silu' (elementwise by table): max_lsb" in problems(trained, tensors=tensors)
 
 
-def test_a_kernel_prepacked_for_another_grid(trained):
-    code = trained[1].code
+def test_a_kernel_prepacked_for_another_grid(alone):
+    code = alone[1].code
     line = next(s for s in code.splitlines() if "self.head_packed = " not in s and "self.depth_packed = " in s)
     changed = code.replace(line, re.sub(r", (\d+), \[", lambda m: f", {int(m[1]) + 1}, [", line, count=1))
-    assert "op 'depth': its kernel was prepacked for another input grid" in problems(trained, code=changed)
+    assert "op 'depth': its kernel was prepacked for another input grid" in problems(alone, code=changed)
+
+
+@pytest.mark.parametrize("trained", ["quantized"], indirect=True)
+def test_a_bias_that_is_dropped_when_the_kernel_is_prepacked(trained):
+    """Its array is still in the file, as trained."""
+    code = trained[1].code
+    changed = code.replace("conv2d_prepack(weight, bias,", "conv2d_prepack(weight, None,")
+    assert changed != code
+    assert "op 'depth' (conv2d): max_lsb" in problems(trained, code=changed)
 
 
 def test_a_missing_tensor(trained, tmp_path):
