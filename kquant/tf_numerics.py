@@ -63,16 +63,19 @@ def fake_quantize_range(x: Any, low: Any, high: Any, bits: int) -> Any:
     return clipped_straight_through(x, value, low, high)
 
 
-def weight_codes(formula: Symmetric | DoReFa, kernel: Any) -> tuple[Any, Any]:
-    """Integer-valued float codes (shape of the float32 `kernel`) and their broadcastable scale."""
-    return formula.quantize(formula.prepare(kernel, xp), xp)
+def weight_codes(formula: Symmetric | DoReFa, kernel: Any, gain: Any = None, revive: bool = False) -> tuple[Any, Any]:
+    """Integer-valued float codes (shape of the float32 `kernel`) and their broadcastable scale.
 
-
-def quantized_weight(formula: Symmetric | DoReFa, kernel: Any) -> Any:
-    """The fake-quantized float32 `kernel`, differentiable through the formula's `prepare`."""
+    With a `gain` they are those of the kernel and its batch norm on one scale, see `Symmetric.fold`.
+    """
     prepared = formula.prepare(kernel, xp)
-    codes, scale = formula.quantize(prepared, xp)
-    return straight_through(prepared, tf.stop_gradient(codes * scale))
+    return formula.quantize(prepared, xp) if gain is None else formula.fold(prepared, gain, revive, xp)
+
+
+def quantized_weight(formula: Symmetric | DoReFa, kernel: Any, gain: Any = None, revive: bool = False) -> Any:
+    """The fake-quantized float32 `kernel`, differentiable through the formula's `prepare`."""
+    codes, scale = weight_codes(formula, kernel, gain, revive)
+    return straight_through(formula.prepare(kernel, xp), tf.stop_gradient(codes * scale))
 
 
 def with_quantized_gradient(y: Any, bits: int, seed: tuple[str, Any], started: Any = None) -> Any:

@@ -1,7 +1,8 @@
 """Fold a weighted stage: its trained codes with the batch norm in their scales, and its bias.
 
 Batch norm goes into scale and bias: the codes of `w` and of `w * gamma / sigma` are the same but for the sign of gamma
-(Jacob et al. 2018, section 3.2, for ranges per channel).
+(Jacob et al. 2018, section 3.2, for ranges per channel). A kernel with one scale was quantized with `|gamma / sigma|`
+in it (`Symmetric.fold`), and the norm's factor gives that one scale back.
 """
 
 from __future__ import annotations
@@ -31,13 +32,23 @@ def fold(stage: Stage, source: Affine, target: Affine, holds: Accumulator) -> In
     op = stage.anchor
     codes, scale, bits, bias = folded_codes(stage)
     largest = np.abs(by_channel(op, codes)).reshape(-1, scale.size).max(axis=0) * scale
-    floor = scale_floor(bias, largest, source, target, holds)
+    floor = channel_floors(op, bias, largest, source, target, holds)
     raised = scale < floor
     coarser = round_half_up(by_channel(op, codes) * (scale / np.where(raised, floor, 1.0)))
     codes = from_channel(op, np.where(raised, coarser, by_channel(op, codes)))
     scale = np.where(raised, floor, scale).astype(np.float32)
     _check_scale(op, scale, source, target, holds)
-    return IntWeight(codes.astype(np.int8), scale, bits, bias)
+    per_tensor = getattr(op.attrs.get("formula"), "axes", ()) is None and bool((scale == scale[0]).all())
+    return IntWeight(codes.astype(np.int8), scale, bits, bias, per_tensor)
+
+
+def channel_floors(
+    op: Op, bias: np.ndarray, largest: np.ndarray, source: Affine, target: Affine, holds: Accumulator
+) -> np.ndarray:
+    """`scale_floor` of each channel; a kernel that holds its batch norm keeps one scale: its channels count as one."""
+    if op.attrs.get("folds_norm"):
+        bias, largest = (np.full(bias.size, np.abs(values).max(initial=0.0)) for values in (bias, largest))
+    return scale_floor(bias, largest, source, target, holds)
 
 
 def scale_floor(
@@ -67,6 +78,8 @@ def folded_codes(stage: Stage) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]
         bias = bias * factor + offset
         codes = from_channel(op, by_channel(op, codes) * np.where(factor < 0, -1.0, 1.0))
         scale = scale * np.abs(factor)
+        if op.attrs.get("folds_norm"):  # equal but for the rounding of the gain, and 0 where all codes are
+            scale = np.full(channels, scale.max(initial=0.0))
     check_finite(op, kernel=codes, scale=scale, bias=bias)
     return codes, scale, bits, bias
 

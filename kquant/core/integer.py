@@ -32,12 +32,14 @@ class IntWeight:
         scale: float32, one per output channel, or of size 1.
         storage_bits: 4 or 8.
         bias: float64 values of the bias with the batch norm folded in, one per output channel.
+        per_tensor: the scales of all channels are one.
     """
 
     codes: np.ndarray
     scale: np.ndarray
     storage_bits: int
     bias: np.ndarray
+    per_tensor: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kquant.core.affine import Affine
-from kquant.core.fold import scale_floor
+from kquant.core.fold import channel_floors
 from kquant.core.graph import Op
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.target import Accumulator
@@ -62,7 +61,8 @@ def compare_grids(model: IntegerModel, found: Mapping[str, set[Grid | None]]) ->
 def compare_weight(op: IntOp, found: Found, model: IntegerModel, holds: Accumulator) -> list[str]:
     """What is not as trained in the kernel and the bias of an op, in words."""
     assert op.weight is not None
-    want, want_bias = trained_kernel(op if op.parts else _with_parts(op, model))
+    trained = op if op.parts else _with_parts(op, model)
+    want, want_bias = trained_kernel(trained)
     source, target = (model.tensors[t].affine for t in (op.inputs[0], op.outputs[0]))
     if found.codes.shape != want.shape:
         return [f"op {op.id!r}: its kernel has the shape {found.codes.shape}, the trained one {want.shape}"]
@@ -71,10 +71,13 @@ def compare_weight(op: IntOp, found: Found, model: IntegerModel, holds: Accumula
     # Half a code of slack only where a nearly dead channel's scale was raised so that its bias fits. The file's own
     # scale does not tell: its codes may be spread, with the scale divided by as much.
     largest = np.abs(want).max(axis=0)
-    floor = np.zeros(scale.size) if source is None else _floor(want_bias, largest, source, target, holds)
-    slack = WEIGHT_TOLERANCE * np.abs(want) + np.where(op.weight.scale <= floor * 1.001, 0.5 * floor, 0.0)
+    floor = np.zeros(largest.size)
+    if source is not None and target is not None:
+        floor = channel_floors(trained.parts[0], want_bias, largest, source, target, holds)
+    raised = op.weight.scale <= floor * 1.001
+    slack = WEIGHT_TOLERANCE * np.abs(want) + np.where(raised, 0.5 * floor, 0.0)
     error = np.abs(codes * scale - want) - slack - 1e-30
-    tiny = largest < op.weight.scale  # a channel whose largest weight is below one code of the raised scale
+    tiny = raised & (largest < op.weight.scale)  # a channel whose largest weight is below one code of the raised scale
     if (error[:, ~tiny] > 0).any():
         channel = int(np.argmax(error.max(axis=0)))
         problems.append(f"op {op.id!r}: the kernel of channel {channel} is not the trained one")
@@ -83,13 +86,6 @@ def compare_weight(op: IntOp, found: Found, model: IntegerModel, holds: Accumula
     if (off > BIAS_TOLERANCE).any():
         problems.append(f"op {op.id!r}: the bias of channel {int(off.argmax())} is {off.max():.2f} units off")
     return problems
-
-
-def _floor(
-    bias: np.ndarray, largest: np.ndarray, source: Affine, target: Affine | None, holds: Accumulator
-) -> np.ndarray:
-    assert target is not None
-    return scale_floor(bias, largest, source, target, holds)
 
 
 def trained_kernel(op: IntOp) -> tuple[np.ndarray, np.ndarray]:

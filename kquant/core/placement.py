@@ -138,9 +138,11 @@ class Placer:
             return
         per_channel = "kernel_axes" in stage.anchor.attrs and entry.weight_per_channel is not False
         gradient = None if entry.gradient_bits in (None, 32) else entry.gradient_bits
-        self.weights[stage.anchor.id] = WeightSpec(
-            entry.quantizer, entry.weight_bits, per_channel, gradient, entry.start_step
-        )
+        spec = WeightSpec(entry.quantizer, entry.weight_bits, per_channel, gradient, entry.start_step)
+        one_scale = entry.weight_per_channel is False and entry.quantizer != "dorefa"
+        if one_scale and stage.norm is not None and stage.norm.attrs.get("normalizes"):
+            spec = replace(spec, folds_norm=stage.norm.id)
+        self.weights[stage.anchor.id] = spec
 
     def _place_input(self, stage: Stage, index: int, tensor: str) -> None:
         """Give a float input that comes from the model input or from a float op its range."""
@@ -352,6 +354,7 @@ class Placer:
             output += " (shared)"
         fused = " + ".join(o.layer for o in stage.ops[1:] if o.kind != "identity")
         notes = [f"fused: {fused}"] if fused else []
+        notes += [f"one scale with {weight.folds_norm}"] if weight and weight.folds_norm else []
         notes += [f"requantize input {i}" for (op_id, i) in edges if op_id == op.id]
         notes += [self.floats[op.id]] if op.id in self.floats else []
         kernel = (stage.row.target or "by its function") if is_integer else "float"

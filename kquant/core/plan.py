@@ -47,7 +47,8 @@ class Spec:
 class WeightSpec:
     """How one weight array is quantized: recipe, bits, whether a scale per output channel, gradient bits or None.
 
-    Codes stay within ±`largest`.
+    Codes stay within ±`largest`. `folds_norm` is the id of the batch norm whose gain the kernel is quantized with,
+    where one scale is to hold all channels of the two together.
     """
 
     quantizer: str
@@ -56,6 +57,7 @@ class WeightSpec:
     gradient_bits: int | None = None
     start_step: int = 0
     largest: int = INT8_MAX
+    folds_norm: str | None = None
 
 
 @dataclass(frozen=True)

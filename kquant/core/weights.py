@@ -6,6 +6,8 @@ and is passed straight through by the gradient, so that d(code * scale)/d(prepar
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +53,61 @@ class Symmetric:
         """Codes and scale for the range `[-limit, limit]`."""
         scale = xp.maximum(limit / self.qmax, SMALLEST_SCALE)
         return xp.clip(round_half_up(w / scale, xp), -self.qmax, self.qmax), scale
+
+    def fold(self, w: Any, gain: Any, revive: bool = False, xp: Any = np) -> tuple[Any, Any]:
+        """The codes of `w * gain` on one scale, and for each channel that scale over its gain: `codes * scale` is ~`w`.
+
+        The gain is the batch norm's `|gamma / sigma|` with its moving statistics, and the norm stays behind the op: the
+        op that scales its kernel, quantizes it and unscales its result is what is trained, and the kernel with the
+        norm's factor in it, on one scale, is what is deployed.
+
+        A channel whose gain is so small that all of its codes are zero deploys as its offset alone. In training
+        (`revive`) its gain is floored: where it would use all codes, which is its own range. So the norm behind it has
+        something to normalize, and a gamma that begins at zero something to learn from.
+
+        No gradient reaches the gain: passed straight through the rounding it would be the rounding error's, since
+        scaling and unscaling cancel. Gamma has its own through the norm.
+
+        Source: Jacob et al. 2018, section 3.2; with moving statistics as in Krishnamoorthi 2018 (arXiv:1806.08342),
+        section 3.2.2.
+
+        Args:
+            w: the kernel.
+            gain: not negative, one per output channel; its shape broadcasts against `w`.
+            revive: floor the gain.
+            xp: the array namespace.
+
+        Example:
+            >>> w, gain = np.array([[0.5, 0.5], [0.25, -1.0]], np.float32), np.array([[2.0, 0.5]], np.float32)
+            >>> codes, scale = Symmetric(3, axes=None).fold(w, gain)
+            >>> codes.tolist(), (scale * gain).tolist()
+            ([[3.0, 1.0], [2.0, -1.0]], [[0.3333333432674408, 0.3333333432674408]])
+        """
+        axes = tuple(i for i, size in enumerate(gain.shape) if size == 1)
+        limit = xp.max(xp.abs(w), axis=axes, keepdims=True)
+        one = xp.maximum(xp.max(limit * gain) / self.qmax, SMALLEST_SCALE)
+        dead = limit * gain < one / 2
+        codes = xp.clip(round_half_up(w * gain / one, xp), -self.qmax, self.qmax)
+        scale = one / xp.where(dead, xp.ones_like(gain), gain)
+        floored, own = self.codes(w, limit, xp) if revive else (0.0 * codes, 0.0 * scale)
+        return xp.where(dead, floored, codes), xp.where(dead, own, scale)
+
+
+def gain_shape(size: int, kernel: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """The shape in which a batch norm's values broadcast against a kernel.
+
+    Args:
+        size: how many channels the norm has: all that the kernel makes, or those of its last axis.
+        kernel: the kernel's shape.
+        axes: those of its axes that are not output channels.
+
+    Example:
+        >>> gain_shape(8, (3, 3, 4, 2), (0, 1)), gain_shape(2, (3, 4, 2), (0,))
+        ((1, 1, 4, 2), (1, 1, 2))
+    """
+    kept = [i for i in range(len(kernel)) if i not in axes]
+    own = kept if math.prod(kernel[i] for i in kept) == size else kept[-1:]
+    return tuple(n if i in own else 1 for i, n in enumerate(kernel))
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,17 @@ class BatchNormalization(Freezable, tf_keras.layers.BatchNormalization):
     """tf_keras' batch normalization whose statistics can be frozen while training goes on.
 
     While the variable `frozen` is 1, training steps normalize by the moving statistics, as inference does, and leave
-    them as they are. No recompilation is needed.
+    them as they are. No recompilation is needed. A call with `gain=True` gives `|gamma / sigma|` instead, for the layer
+    in front whose kernel is quantized with it.
     """
 
     without_autocast: ClassVar = WITHOUT_AUTOCAST
     unbiased = True
 
-    def build(self, input_shape: Any) -> None:
-        super().build(input_shape)
-        self.frozen = self.add_state("frozen")
-
     @plain
-    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Any:
+    def call(self, inputs: Any, training: Any = None, mask: Any = None, gain: bool = False) -> Any:
+        if gain:
+            return self.gain()
         if not training or not self.trainable:
             return super().call(inputs, training=False, mask=mask)
         if self.fused and list(self.axis) == [3] and mask is None and not in_xla():

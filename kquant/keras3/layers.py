@@ -84,7 +84,9 @@ class QuantizedLayer(QuantizedBase, keras.layers.Layer):
         """The float32 kernel, as a tensor."""
         return tf.convert_to_tensor(self.kernel)
 
-    def compute_output_spec(self, x: Any, training: bool | None = None, quantized: bool = True) -> Any:
+    def compute_output_spec(
+        self, x: Any, gain: Any = None, training: bool | None = None, quantized: bool = True
+    ) -> Any:
         return keras.KerasTensor(self.rule.shape(self.layer, tuple(x.shape)), self.compute_dtype)
 
     def get_config(self) -> dict:

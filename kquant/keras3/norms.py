@@ -17,23 +17,29 @@ class BatchNormalization(Freezable, keras.layers.BatchNormalization):
     """Keras' batch normalization whose statistics can be frozen while training goes on.
 
     While the variable `frozen` is 1, training steps normalize by the moving statistics, as inference does, and leave
-    them as they are. No recompilation is needed.
+    them as they are. No recompilation is needed. A call with `gain=True` gives `|gamma / sigma|` instead, for the layer
+    in front whose kernel is quantized with it.
     """
 
     without_autocast: ClassVar = {"autocast": False}
     unbiased = False
 
-    def build(self, input_shape: Any) -> None:
-        super().build(input_shape)
-        self.frozen = self.add_state("frozen")
-
-    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None, gain: bool = False) -> Any:
+        if gain:
+            return self.gain()
         if not training or not self.trainable:
             return super().call(inputs, training=training, mask=mask)
         x = ops.cast(inputs, "float32")
         one_kernel = len(x.shape) == 4 and self.axis % 4 == 3 and mask is None and not self.synchronized
         y = self.in_one_kernel(x) if one_kernel and not in_xla() else self._composed(x, mask)
         return ops.cast(y, self.compute_dtype)
+
+    def compute_output_spec(
+        self, inputs: Any, training: bool | None = None, mask: Any = None, gain: bool = False
+    ) -> Any:
+        if gain:
+            return keras.KerasTensor(self.moving_mean.shape, "float32")
+        return keras.KerasTensor(inputs.shape, self.compute_dtype)
 
     def _composed(self, x: Any, mask: Any) -> Any:
         """The same in single ops, which XLA fuses better than the kernel."""

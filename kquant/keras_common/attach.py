@@ -68,15 +68,27 @@ class Builder:
     def _op(self, op: Op) -> None:
         inputs = [self._operand(op, i, t) for i, t in enumerate(op.inputs) if t in self.raw]
         source = op.source
+        spec = self.plan.weights.get(op.id)
+        gain = {"gain": self._gain(spec.folds_norm, inputs[0])} if spec and spec.folds_norm else {}
         fresh = source.key not in self.made
         if fresh:
             self.made[source.key] = self._make(op)
         layer = self.made[source.key]
-        outputs = self.tree.flatten(self._called(op, layer, inputs))
+        outputs = self.tree.flatten(layer(inputs[0], **gain) if gain else self._called(op, layer, inputs))
         if fresh and source.weights is not None:
             _copy_weights(self.generation.own.QuantizedLayer, layer, source.weights(), op.layer)
         for tensor, value in zip(op.outputs, outputs, strict=True):
             self._set(tensor, value, op.id in self.plan.integer)
+
+    def _gain(self, norm_id: str, x: Any) -> Any:
+        """The gain of the batch norm behind a layer, which is made before its turn."""
+        norm = next(op for op in self.graph.ops if op.id == norm_id)
+        if norm.source.key not in self.made:
+            layer = self.made[norm.source.key] = self._make(norm)
+            layer.shape = list(self.graph.tensors[norm.output].shape)
+            layer.build(layer.shape)
+            _copy_weights(self.generation.own.QuantizedLayer, layer, norm.source.weights(), norm.layer)
+        return self.made[norm.source.key](x, gain=True)
 
     def _called(self, op: Op, layer: Any, inputs: list[Any]) -> Any:
         """The op on new inputs. The constant of an integer sum or product lies on the grid that the artifact has."""

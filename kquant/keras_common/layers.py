@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
-from kquant.core.weights import weight_formula
+from kquant.core.weights import gain_shape, weight_formula
 from kquant.keras_common.linear import linear_of
 from kquant.tf_numerics import (
     EMA_DECAY,
@@ -230,16 +230,23 @@ class QuantizedBase(Delayed):
         """The float master weights."""
         return self.rule.kernel(self.layer)
 
-    def codes(self) -> tuple[Any, Any]:
-        """Integer-valued float codes (shape of the kernel) and their broadcastable scale, from the current kernel."""
-        return weight_codes(self.formula, self.wide_kernel())
+    def codes(self, gain: Any = None) -> tuple[Any, Any]:
+        """Integer-valued float codes (shape of the kernel) and their broadcastable scale, from the current kernel.
 
-    def quantized_kernel(self) -> Any:
-        """The fake-quantized kernel, float32, differentiable with respect to the float kernel."""
-        return quantized_weight(self.formula, self.wide_kernel())
+        Args:
+            gain: of the batch norm behind, where the kernel has one scale with it: one value per output channel.
+        """
+        return weight_codes(self.formula, self.wide_kernel(), self._over_kernel(gain))
 
-    def call(self, x: Any, training: bool | None = None, quantized: bool = True) -> Any:
-        kernel = self.quantized_kernel() if quantized else self.wide_kernel()
+    def _over_kernel(self, gain: Any) -> Any:
+        if gain is None:
+            return None
+        return tf.reshape(gain, gain_shape(gain.shape[0], self.kernel.shape, self.rule.axes(self.layer)))
+
+    def call(self, x: Any, gain: Any = None, training: bool | None = None, quantized: bool = True) -> Any:
+        kernel = self.wide_kernel()
+        if quantized:
+            kernel = quantized_weight(self.formula, kernel, self._over_kernel(gain), bool(training))
         started = self.started(training) if quantized else None
         if started is not None:
             kernel = tf.where(started, kernel, self.wide_kernel())

@@ -29,9 +29,32 @@ class Freezable(Stateful):
 
     `unbiased` says whether the moving variance is fed the unbiased variance of a batch, as this generation's own layer
     does where it uses TensorFlow's single kernel.
+
+    Args:
+        shape: of what is normalized, for a norm that is first called for its gain, beside the layer in front of it.
     """
 
     unbiased: ClassVar[bool]
+
+    def __init__(self, *args: Any, shape: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.shape = None if shape is None else list(shape)
+
+    def build(self, input_shape: Any) -> None:
+        super().build(input_shape if self.shape is None else tuple(self.shape))
+        self.frozen = self.add_state("frozen")
+        if self.shape is not None:
+            self.input_spec = None  # a call for the gain takes what the layer in front takes
+
+    def get_config(self) -> dict:
+        own = {} if self.shape is None else {"shape": list(self.shape)}
+        return {**super().get_config(), **own}
+
+    def gain(self) -> Any:
+        """`|gamma / sigma|` with the moving statistics, one float32 value per channel, without a gradient."""
+        variance = tf.convert_to_tensor(self.moving_variance)
+        gamma, _ = self.parameters(variance.shape[0])
+        return tf.stop_gradient(tf.abs(gamma) * tf.math.rsqrt(tf.cast(variance, tf.float32) + self.epsilon))
 
     def parameters(self, size: int) -> tuple[Any, Any]:
         """Scale and offset as float32 tensors."""

@@ -29,7 +29,9 @@ def not_channels_last(layer: Any) -> str | None:
 @reads("BatchNormalization")
 @reads_own("BatchNormalization")
 def read_batch_norm(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
-    """Batch norm with its moving statistics: a scale and an offset per channel."""
+    """Batch norm with its moving statistics: a scale and an offset per channel; or its gain alone."""
+    if call.kwargs.get("gain"):
+        return [r.gain(layer, call)]
     rank = len(r.shape(inputs[0]))
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     if [axis % rank for axis in axes] != [rank - 1] or getattr(layer, "renorm", False):
@@ -41,8 +43,10 @@ def read_batch_norm(r: Reader, layer: Any, inputs: list[str], call: Call) -> lis
     size = (int(layer.moving_mean.shape[0]),)
     weights = {"scale": Weight(size, lambda: affine()[0]), "offset": Weight(size, lambda: affine()[1])}
     source = r.clone(layer)
-    attrs = {"batch_norm": layer} if isinstance(layer, r.own.BatchNormalization) else {}
-    if not attrs:
+    attrs: dict[str, Any] = {"normalizes": True}
+    if isinstance(layer, r.own.BatchNormalization):
+        attrs["batch_norm"] = layer
+    else:
 
         def build() -> Any:
             return r.own.BatchNormalization.from_config(layer.get_config())

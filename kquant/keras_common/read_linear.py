@@ -110,14 +110,25 @@ def read_linear(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[st
 
 @reads_own("QuantizedLayer")
 def read_quantized(r: Reader, wrapper: Any, inputs: list[str], call: Call) -> list[str]:
-    """The wrapper of a quantized model: the same op, with its formula."""
+    """The wrapper of a quantized model: the same op, with its formula; and with the gain of the norm behind it."""
     layer = wrapper.layer
     kind, attrs = KINDS[type(layer).__name__](layer)
+    norm = r.gains[inputs[1]] if inputs[1:] else None
+
+    def gain() -> dict:
+        return {} if norm is None else {"gain": norm.gain()}
 
     def run(values: Any, float_weights: bool = False) -> list[Any]:
-        return [wrapper(values[0], quantized=not float_weights)]
+        return [wrapper(values[0], quantized=not float_weights, **gain())]
 
-    return _add_linear(r, wrapper, layer, kind, attrs, inputs, call, r.clone(wrapper), run)
+    attrs = {
+        **attrs,
+        "is_waiting": wrapper.is_waiting,
+        "formula": wrapper.formula,
+        "codes": lambda: tuple(np.asarray(a) for a in wrapper.codes(**gain())),
+        "folds_norm": norm is not None,
+    }
+    return _add_linear(r, wrapper, layer, kind, attrs, inputs[:1], call, r.clone(wrapper), run)
 
 
 def _add_linear(
@@ -129,10 +140,4 @@ def _add_linear(
     if rule.bias(layer) is not None:
         weights["bias"] = weight(rule.bias(layer))
     attrs = {**attrs, **({} if axes is None else {"kernel_axes": axes}), "source_layer": layer}
-    if owner is not layer:
-        attrs.update(
-            is_waiting=owner.is_waiting,
-            formula=owner.formula,
-            codes=lambda: tuple(np.asarray(a) for a in owner.codes()),
-        )
     return r.add(kind, owner, inputs, [call.shape], source, attrs=attrs, weights=weights, call=run)

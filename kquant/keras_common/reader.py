@@ -40,6 +40,7 @@ class Reader:
         self.ops: list[Op] = []
         self.tensors: dict[str, Tensor] = {}
         self.asides: set[str] = set()
+        self.gains: dict[str, Any] = {}
         self.scope = _Scope()
         self._ids: Counter[str] = Counter()
         self._expanded: dict[Any, Any] = {}
@@ -98,6 +99,12 @@ class Reader:
         tensor = self.unique(name)
         self.tensors[tensor] = Tensor(tensor, call.shape, "int32")
         self.asides.add(tensor)
+        return tensor
+
+    def gain(self, norm: Any, call: Call) -> str:
+        """The gain of a batch norm, which is no tensor of the graph: a kernel is quantized with it."""
+        tensor = self.aside(f"{norm.name}/gain", call)
+        self.gains[tensor] = norm
         return tensor
 
     def unique(self, name: str) -> str:

@@ -42,7 +42,9 @@ def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, i
     if e.is_float(op.inputs[0]):
         return _float_weights(e, op, codes, axis)
     bits, gain = stored(e, op)
-    scale = (op.weight.scale / np.float32(gain)).astype(np.float32)
+    channels = op.weight.scale.size
+    own = op.weight.scale[:1] if op.weight.per_tensor else op.weight.scale
+    scale = (own / np.float32(gain)).astype(np.float32)
     kernel = e.constant(
         f"{op.id}/kernel", codes * np.int8(gain), dtype=f"int{bits}", scale=scale,
         zero_point=np.zeros(scale.size, np.int64), axis=axis,
@@ -51,7 +53,7 @@ def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, i
     data, unit = bias_codes(op.weight.bias, source, scale)
     _check_bias(e, op, unit)
     if source.bits == 16:
-        _check_accumulator(op, np.moveaxis(codes, axis, -1).reshape(-1, scale.size) * gain, data)
+        _check_accumulator(op, np.moveaxis(codes, axis, -1).reshape(-1, channels) * gain, data)
     bias = e.constant(f"{op.id}/bias", data, scale=unit, zero_point=np.zeros(unit.size, np.int64))
     return kernel, bias, INT4_VERSION[ROWS[op.kind].target] if bits == 4 else e.version(op)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -131,3 +133,22 @@ def test_a_float_bias_leaves_the_scale_of_a_channel_alone():
     made = fold(dense(w, np.full(CHANNELS, 3.0)), SOURCE, TARGET, Accumulator())
     np.testing.assert_allclose(made.scale, np.abs(w).max(axis=0) / 127, rtol=1e-6)
     assert folded(dense(w, np.full(CHANNELS, 3.0)), SOURCE, TARGET).scale[0] > 1e3 * made.scale[0]
+
+
+@pytest.mark.parametrize("factor", [[1.0, -0.5, 2.0, 0.0], [1e-3, 1.0, 1.0, 1e-9]])
+@pytest.mark.parametrize("bias", [[0.0, 1.0, -1.0, 0.5], [0.0, 1e9, 0.0, 0.0]])
+def test_a_kernel_that_holds_its_norm_has_one_scale(factor, bias):
+    """Also where the bias of one channel needs a larger one."""
+    w, factor = kernel(), np.array(factor, F32)
+    formula = Symmetric(8, None)
+    made = formula.fold(w, np.abs(factor).reshape(1, -1))
+    attrs = {"kernel_axes": (0,), "formula": formula, "codes": lambda: made, "folds_norm": True}
+    stage = dense(w, np.zeros(CHANNELS), factor, np.array(bias))
+    stage = replace(stage, anchor=replace(stage.anchor, attrs=attrs))
+    weight = folded(stage, SOURCE, TARGET)
+    assert weight.per_tensor
+    one = weight.scale[0].astype(np.float64)
+    assert (weight.scale == weight.scale[0]).all()
+    assert (np.abs(weight.bias) / (SOURCE.scale * one) < 2**31).all()
+    assert (np.abs(weight.codes * one - w * factor) <= one * (0.5 + 1e-4)).all()
+    assert one == pytest.approx(np.abs(w * factor).max() / 127, rel=1e-6) or max(bias) == 1e9

@@ -284,3 +284,24 @@ def test_logits_are_8_bits_whether_or_not_the_model_holds_its_last_function(last
     assert (spec(plan, "hidden").bits, spec(plan, "logits").bits) == (4, 8)
     plan = placed(model, {**DEFAULT, "q_bits": 4}, {"q_bits": 4, "op_names": ["logits"]})
     assert spec(plan, "logits").bits == 4
+
+
+# -- one scale for a kernel and its norm ------------------------------------------------------------------------------
+
+TENSOR = {"q_bits": 8, "op_types": ["default"], "quant_scheme": {"weight": "tensor_symmetric"}}
+
+
+@pytest.mark.parametrize(
+    ("entry", "normalizes", "folds"),
+    [
+        (TENSOR, True, "n"),
+        (TENSOR, False, None),
+        (DEFAULT, True, None),
+        ({"q_bits": 4, "op_types": ["default"], "quantizer": "dorefa"}, True, None),
+    ],
+)
+def test_a_range_per_tensor_takes_the_batch_norm_in(entry, normalizes, folds):
+    net = graph(("c", "conv2d", "x"), ("n", "channel_affine", "c", {"normalizes": normalizes, "kernel_axes": None}))
+    plan = placed(net, entry)
+    assert plan.weights["c"].folds_norm == folds
+    assert ("one scale with n" in plan.rows[0].note) == (folds is not None)

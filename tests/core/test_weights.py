@@ -180,3 +180,51 @@ def test_gradients_of_one_sample_do_not_see_another():
     noise = np.zeros((2, 8))
     louder = gradient * [[1.0], [1000.0]]
     np.testing.assert_array_equal(quantize_gradient(louder, noise, 4)[0], quantize_gradient(gradient, noise, 4)[0])
+
+
+# -- one scale for a kernel and its batch norm ------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 199), bits=st.integers(2, 8), zero=st.booleans())
+def test_the_folded_kernel_is_jacob_et_als(seed, bits, zero):
+    """Section 3.2: what is rounded is `w * gamma / sigma`, on one scale; and undone it is a kernel near `w`."""
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
+    gain = rng.lognormal(0.0, 1.0, size=(1, 1, 1, 5)).astype(np.float32) * ([0, 1, 1, 1, 1] if zero else 1)
+    gain = gain.astype(np.float32)
+    formula = Symmetric(bits, axes=None)
+    codes, scale = formula.fold(w, gain)
+    folded = w.astype(np.float64) * gain
+    one = np.abs(folded).max() / (2 ** (bits - 1) - 1)
+    exact = folded / one
+    clear = np.abs(np.abs(exact - np.floor(exact)) - 0.5) > 1e-4  # where float32 finds the same nearest code
+    np.testing.assert_array_equal(codes[clear], np.floor(exact + 0.5)[clear])
+    alive = codes.reshape(-1, 5).any(axis=0)
+    np.testing.assert_allclose((scale * gain).reshape(-1)[alive], one, rtol=1e-6)
+    np.testing.assert_array_equal(scale.reshape(-1)[~alive], 0.0)
+    assert (np.abs(codes * scale * gain - folded) <= one * (0.5 + 1e-4)).all()
+
+
+@given(seed=st.integers(0, 199))
+def test_in_training_a_channel_without_codes_has_all_of_them(seed):
+    """The others are as they are deployed."""
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=(6, 4)).astype(np.float32)
+    gain = np.array([[1.0, 0.0, 1e-30, 0.5]], np.float32)
+    formula = Symmetric(8, axes=None)
+    (codes, scale), (deployed, own) = formula.fold(w, gain, revive=True), formula.fold(w, gain)
+    np.testing.assert_array_equal(codes[:, [0, 3]], deployed[:, [0, 3]])
+    np.testing.assert_array_equal(scale[:, [0, 3]], own[:, [0, 3]])
+    assert not deployed[:, [1, 2]].any()
+    assert (np.abs(codes[:, [1, 2]]).max(axis=0) == 127).all()
+    assert (np.abs(codes * scale - w) <= np.abs(w).max(axis=0) / 254 * (1 + 1e-4))[:, [1, 2]].all()
+
+
+@pytest.mark.parametrize("w", [np.zeros((2, 3)), np.full((2, 3), 1e-38), np.full((2, 3), 1e30)])
+@pytest.mark.parametrize("gain", [0.0, 1e-38, 1.0, 1e6])
+@pytest.mark.parametrize("revive", [False, True])
+def test_a_folded_kernel_is_finite(w, gain, revive):
+    codes, scale = Symmetric(8, None).fold(w.astype(np.float32), np.full((1, 3), gain, np.float32), revive)
+    assert np.isfinite(codes).all()
+    assert np.isfinite(scale).all()
+    assert np.isfinite(codes * scale).all()
