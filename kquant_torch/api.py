@@ -22,13 +22,12 @@ from kquant_torch.attach import attach
 from kquant_torch.data import arrays_of
 from kquant_torch.read import Reading, read, read_code
 from kquant_torch.root import is_quantized
-from kquant_torch.target import ONEDNN
+from kquant_torch.target import ONEDNN, ONEDNN_FUSED
 from kquant_torch.trace import Inputs, NotTraceable, as_arguments
 from kquant_torch.untraced import attach_hooks, calibrate_untraced, is_untraced, read_untraced
 
-TARGETS = ("onednn",)
-# What trains quantized: the ops that have an integer kernel here, and those that keep their arithmetic in float.
-TRAINED = dataclasses.replace(ONEDNN, rows={**ROWS, **ONEDNN.rows})
+# What trains quantized: the ops that have an integer kernel there, and those that keep their arithmetic in float.
+TARGETS = {t.name: dataclasses.replace(t, rows={**ROWS, **t.rows}) for t in (ONEDNN, ONEDNN_FUSED)}
 PORTABLE_MAX = 63  # codes; two products of u8 and s8 then fit the int16 that CPUs without VNNI add them in
 
 
@@ -55,9 +54,9 @@ def _in_default(reading: Reading, op: Op) -> bool:
     return reading.traced or op.kind != "opaque"
 
 
-def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable: bool) -> Plan:
+def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable: bool, target: str) -> Plan:
     graph = reading.graph
-    made = place(graph, _entries(reading, config_list, quantizer), TRAINED)
+    made = place(graph, _entries(reading, config_list, quantizer), TARGETS[target])
     if not any(row_of(op.kind).placement not in (Placement.IDENTITY, Placement.OPAQUE) for op in graph.ops):
         raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
     made = _with_places(made)
@@ -140,9 +139,9 @@ def plan(
         A `Plan`; print it for a table, or call `to_dict()`. Ops that stay float are in it with the reason, functional
         ones of a model that cannot be traced with their file and line.
     """
-    check_choice("target", target, TARGETS)
+    check_choice("target", target, tuple(TARGETS))
     _check_model(model, example_inputs)
-    return _placed(_read(copy.deepcopy(model), example_inputs)[0], config_list, quantizer, portable)
+    return _placed(_read(copy.deepcopy(model), example_inputs)[0], config_list, quantizer, portable, target)
 
 
 def wrap(
@@ -166,7 +165,8 @@ def wrap(
         observer: how calibration picks ranges: `"auto"` (min-max; MSE at 4 bits and less), `"minmax"`,
             `"percentile"`, `"mse"`, `"ema"`.
         portable: weight codes within ±63, so that the artifact gives the same values on CPUs without VNNI.
-        target: `"onednn"`.
+        target: `"onednn"`; or `"onednn_fused"`, where a sum is computed by the convolution before it, whose own output
+            is not quantized then: faster, other values than every other artifact's, and TorchScript only.
 
     Returns:
         A module of a subclass of the model's own class, with the same modules, parameters, attributes and hooks.
@@ -194,9 +194,9 @@ def _quantize(
     observer: str, portable: bool, target: str,
 ) -> nn.Module:  # fmt: skip
     check_choice("observer", observer, CHOICES)
-    check_choice("target", target, TARGETS)
+    check_choice("target", target, tuple(TARGETS))
     reading, attached = _read(model, example_inputs)
-    quantized = attached(_placed(reading, config_list, quantizer, portable), reading)
+    quantized = attached(_placed(reading, config_list, quantizer, portable, target), reading)
     if calibration_data is not None:
         calibrate(quantized, calibration_data, observer)
     return quantized

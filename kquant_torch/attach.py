@@ -56,7 +56,7 @@ class Builder:
         names = [self.labels[n] for n in self.code.nodes if n in self.labels]
         values = self.reading.inputs.values
         inputs = {name: (tuple(v.shape), v.dtype) for name, v in values.items()}
-        return become_quantized(self.model, self.code, {"names": names, "inputs": inputs})
+        return become_quantized(self.model, self.code, {"names": names, "inputs": inputs, "target": self.plan.target})
 
     def _op_nodes(self) -> list[fx.Node]:
         return [op.source for op in self.graph.ops]

@@ -221,8 +221,9 @@ class _View:
     def _macs(self, statement: Statement, main: Any, codes: np.ndarray | None) -> int:
         shape = self.described.get(statement.name, {}).get("shape", [])
         outputs = math.prod(n for n in shape[1:] if n is not None)
-        adds = isinstance(main, ast.Call) and "accum" in self.program.arguments(main)
-        if codes is not None and not (adds and codes.size == codes.shape[0]):  # an identity kernel that adds
+        arguments = self.program.arguments(main) if isinstance(main, ast.Call) else {}
+        is_sum = "accum" in arguments and not _reads(arguments["bias"])  # an identity kernel, which has no bias
+        if codes is not None and not is_sum:
             return outputs * (codes.size // max(codes.shape[0], 1))
         axis = CHANNEL_AXIS.get(dotted(main.func)) if isinstance(main, ast.Call) else None
         if axis is not None:

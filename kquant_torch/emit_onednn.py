@@ -15,6 +15,7 @@ from kquant_torch.emit import Emitter, literal
 from kquant_torch.emit_add import add_codes
 from kquant_torch.emit_linear import arrays, kernel_shape, needs_clamp
 
+NO_SCALARS = "annotate(List[Optional[number]], [])"
 # Their outputs are new and lie in memory channels_last, so that a last reader may write into them.
 FRESH = frozenset({"conv2d", "conv2d_transpose", "avg_pool2d", "add", "sub"})
 
@@ -51,12 +52,38 @@ def convolution(
     window = [literal(list(v)) for v in (stride, padding, dilation)] + [literal(groups)]
     prepack = ", ".join([kernel, rest[0], *source[1:], *window, literal(shape)])
     made = e.pack(f"{op.id}/packed", f"ops.onednn.qconv_prepack({prepack})")
-    target = list(map(literal, e.grid(op.outputs[0])))
-    # Only the kernel of two spatial axes has a clamp; on codes it gives the same.
-    apart = codes.ndim != 4 and needs_clamp(e, op)
-    fused = ['"none"', "annotate(List[Optional[number]], [])"] if apart else post_op(e, op)
-    made = f'ops.onednn.qconv_pointwise({", ".join([*source, made, *rest, *window, *target, "0", *fused])}, "")'
+    # Only the kernel of two spatial axes and no sum has a clamp; on codes it gives the same.
+    apart = needs_clamp(e, op) and (codes.ndim != 4 or len(op.inputs) > 1)
+    if len(op.inputs) > 1:
+        made = accumulating(e, op, source, [made, *rest], window, op.inputs[1])
+    else:
+        target = list(map(literal, e.grid(op.outputs[0])))
+        fused = ['"none"', NO_SCALARS] if apart else post_op(e, op)
+        made = f'ops.onednn.qconv_pointwise({", ".join([*source, made, *rest, *window, *target, "0", *fused])}, "")'
     return f"torch.clamp({made}, {', '.join(map(literal, e.bounds(op)))})" if apart else made
+
+
+def accumulating(
+    e: Emitter, op: IntOp, source: list[str], kernel: list[str], window: list[str], accum: str
+) -> str:  # fmt: skip
+    """A convolution that adds another tensor, which it overwrites, before it rounds.
+
+    Args:
+        e, op: as everywhere.
+        source: value, scale and zero point of its input.
+        kernel: packed kernel, scale, zero point and bias.
+        window: stride, padding, dilation and groups.
+        accum: the tensor that is added.
+    """
+    held = e.name(accum) if _may_overwrite(e, accum) else f"torch.clone({e.name(accum)}, memory_format=2)"
+    target = list(map(literal, e.grid(op.outputs[0])))
+    (low, _), zero_point = e.bounds(op), e.grid(op.outputs[0])[1]
+    relu = literal("relu") if 0 < low == zero_point else "None"
+    arguments = [
+        *source, *kernel[:3], held, kernel[3], *window, *target, "0", *map(literal, e.grid(accum)), '"sum"', "1.0",
+        relu, NO_SCALARS, '""',
+    ]  # fmt: skip
+    return f"ops.onednn.qconv2d_pointwise({', '.join(arguments)})"
 
 
 def dense(e: Emitter, op: IntOp) -> str:
@@ -106,17 +133,10 @@ def _by_kernel(e: Emitter, op: IntOp) -> str:
     else:  # a source with zero point 0 spares the kernel a correction, so it comes first among equals
         source, accum = sorted(op.inputs, key=lambda t: (_may_overwrite(e, t), e.grid(t)[1] != 0))
         code = 1
-    held = e.name(accum) if _may_overwrite(e, accum) else f"torch.clone({e.name(accum)}, memory_format=2)"
     channels = int(e.model.tensors[source].shape[1])
     kernel, scale = identity(e, channels, code)
-    target = list(map(literal, e.grid(op.outputs[0])))
-    relu = literal("relu") if op.relu and e.grid(op.outputs[0])[1] > 0 else "None"
     window = ["[1, 1]", "[0, 0]", "[1, 1]", literal(channels)]
-    arguments = [
-        *e.read(source), kernel, scale, "self.zero", held, "None", *window, *target, "0",
-        *map(literal, e.grid(accum)), '"sum"', "1.0", relu, "annotate(List[Optional[number]], [])", '""',
-    ]  # fmt: skip
-    return f"ops.onednn.qconv2d_pointwise({', '.join(arguments)})"
+    return accumulating(e, op, e.read(source), [kernel, scale, "self.zero", "None"], window, accum)
 
 
 def identity(e: Emitter, channels: int, code: int) -> tuple[str, ...]:

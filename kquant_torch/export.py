@@ -14,15 +14,16 @@ from kquant.core.files import save
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel
 from kquant.core.lower import lower
-from kquant.core.ready import check_integer, check_ranges, check_started
+from kquant.core.ready import check_integer, check_ranges, check_started, check_sums
 from kquant.core.reports import ExportReport
 from kquant.core.target import Target
 from kquant_torch.archive import encode
 from kquant_torch.audit import audit_bytes
-from kquant_torch.backends import BACKENDS
+from kquant_torch.backends import CHOICES, backend_for
 from kquant_torch.emit import Backend, Emitter
-from kquant_torch.target import ONEDNN, PORTABLE
+from kquant_torch.target import ONEDNN, PORTABLE, TARGETS
 
+OTHER_TARGET = 'Use export_torchscript with backend="onednn", or wrap the float model with target="onednn"'
 # uint8 codes are those of the integer model plus 128; inside, both are the same tensor.
 BOUNDARY = {"float32": "float32", "uint8": "int8"}
 
@@ -47,6 +48,8 @@ def integer_model(graph: Graph, target: Target = ONEDNN) -> IntegerModel:
     """The integer model of a trained quantized graph, for torch's kernels or another target."""
     check_started(graph)
     check_ranges(graph)
+    if graph.target:
+        check_sums(graph, TARGETS[graph.target], target, OTHER_TARGET)
     return lower(graph, target)
 
 
@@ -92,7 +95,7 @@ def export_torchscript(
         RangeError: a range that the kernels cannot hold.
     """
     for name, value, choices in (
-        ("backend", backend, tuple(BACKENDS)), ("input_type", input_type, tuple(BOUNDARY)),
+        ("backend", backend, tuple(CHOICES)), ("input_type", input_type, tuple(BOUNDARY)),
         ("output_type", output_type, tuple(BOUNDARY)),
     ):  # fmt: skip
         if value not in choices:
@@ -100,7 +103,7 @@ def export_torchscript(
     start = time.perf_counter()
     graph = quantized_graph(qmodel)
     check_inputs(graph, example_inputs)
-    chosen = BACKENDS[backend]
+    chosen = backend_for(backend, graph.target)
     return write(integer_model(graph, chosen.target), chosen, path, input_type, output_type, allow_float, start)
 
 

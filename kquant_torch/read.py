@@ -80,7 +80,7 @@ class Reading:
 def read_code(model: nn.Module, example_inputs: Any = None) -> Reading:
     """Trace and read a model; what `read` returns, with the fx graph."""
     from kquant_torch.expand import expand
-    from kquant_torch.root import example_of, names_of
+    from kquant_torch.root import example_of, names_of, target_of
 
     if not isinstance(model, nn.Module):
         raise ModelError("model", "a torch.nn.Module", type(model).__name__)
@@ -96,7 +96,8 @@ def read_code(model: nn.Module, example_inputs: Any = None) -> Reading:
     tensors = tuple(reader.values[n] for n in code.nodes if n.op == "placeholder")
     output_names = ("output",) if len(outputs) == 1 else tuple(f"output_{i}" for i in range(len(outputs)))
     name = type(model).__name__.removeprefix("Quantized")
-    graph = Graph(tuple(reader.ops), reader.tensors, tensors, tuple(outputs), name, tensors, output_names)
+    ends = tensors, tuple(outputs)
+    graph = Graph(tuple(reader.ops), reader.tensors, *ends, name, tensors, output_names, target_of(model))
     return Reading(graph, model, code, inputs, reader.names, reader.items)
 
 

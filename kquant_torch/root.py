@@ -115,7 +115,7 @@ def become_quantized(model: nn.Module, graph: fx.Graph, state: dict[str, Any]) -
     Args:
         model: the user's module, whose parts were already replaced; it has a child `quantizers`.
         graph: the code, over that module.
-        state: what it shall know of itself besides the code: names of its ops, example shapes.
+        state: what it shall know of itself besides the code: names of its ops, example shapes, its target.
     """
     generated = graph.python_code("self")
     names = {name: _stored(value) for name, value in generated.globals.items()}
@@ -134,6 +134,11 @@ def is_quantized(model: nn.Module) -> bool:
 def names_of(model: nn.Module) -> list[Any]:
     """The names of a wrapped model's ops in the order of its code; none for a float model."""
     return list(model.__dict__[STATE].get("names", ())) if is_quantized(model) else []
+
+
+def target_of(model: nn.Module) -> str:
+    """The target that a model was wrapped for; none for a float model."""
+    return str(model.__dict__[STATE].get("target", "onednn")) if is_quantized(model) else ""
 
 
 def example_of(model: nn.Module) -> dict[str, torch.Tensor]:

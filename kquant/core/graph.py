@@ -78,7 +78,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Graph:
-    """Ops in topological order, tensors by id, and the ids of the model's inputs and outputs in order."""
+    """Ops in topological order, tensors by id, and the ids of the model's inputs and outputs in order.
+
+    `target` names what a quantized model was made for, where its front end has several.
+    """
 
     ops: tuple[Op, ...]
     tensors: Mapping[str, Tensor]
@@ -87,6 +90,7 @@ class Graph:
     name: str = "model"
     input_names: tuple[str, ...] = ()
     output_names: tuple[str, ...] = ()
+    target: str = ""
 
     def consumers(self) -> dict[str, list[tuple[Op, int]]]:
         """For every tensor, the (op, input index) pairs that read it."""

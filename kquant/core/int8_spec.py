@@ -51,6 +51,7 @@ class Row:
         int16: the int16 kernel keeps `bound`.
         fuses_norm: a following batch norm folds into the kernel.
         fuses_relu: a following ReLU family op is the kernel's fused activation.
+        sums_axes: of an output onto which the kernel adds a tensor of the same shape before it rounds; 0 if it cannot.
         rounds: a SHARED op that computes new values and rounds them to the grid.
         fixed: the output's parameters at 8 bits, for FIXED rows.
         symmetric_inputs: indices of operands whose zero point must be 0.
@@ -68,6 +69,7 @@ class Row:
     int16: bool = False
     fuses_norm: bool = False
     fuses_relu: bool = False
+    sums_axes: int = 0
     rounds: bool = False
     fixed: Affine | None = None
     symmetric_inputs: tuple[int, ...] = ()

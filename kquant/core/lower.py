@@ -136,7 +136,7 @@ class Lowering:
         readers = [o for o, _ in self.consumers[stage.output]]
         if any(reader.attrs.get("boundary") for reader in readers):
             return "the config leaves it in float"
-        for tensor in op.inputs:
+        for tensor in stage.inputs:
             state = self.states.get(tensor)
             if state is not None and (state.is_float or state.pending is not None):
                 return "its input is not quantized"
@@ -247,7 +247,8 @@ class Lowering:
             return
         weight, attrs = None, op.attrs
         exact = self.target.exact_constants and op.kind in ("add", "sub", "mul")
-        inputs = tuple(self._exact(t) if exact else self._operand(t, 16 if affine.bits == 16 else 8) for t in op.inputs)
+        bits = 16 if affine.bits == 16 else 8
+        inputs = tuple(self._exact(t) if exact else self._operand(t, bits) for t in stage.inputs)
         if op.kind == "embedding":
             codes, scale = (np.asarray(a) for a in op.attrs["codes"]())
             check_finite(op, table=codes * scale)
@@ -255,7 +256,7 @@ class Lowering:
         elif stage.row.weighted:
             weight = self._fold(stage, inputs[0], affine)
             if self._is_coarse(inputs[0], weight, affine):
-                inputs = (self._spread(inputs[0]),)
+                inputs = (self._spread(inputs[0]), *inputs[1:])
                 weight = self._fold(stage, inputs[0], affine)
         made = IntOp(
             stage.output, op.kind, inputs, (stage.output,), attrs, weight,

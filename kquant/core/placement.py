@@ -30,7 +30,7 @@ class Placer:
     def __init__(self, graph: Graph, entries: Mapping[str, Entry | None], target: Target):
         self.graph, self.entries, self.target = graph, entries, target
         self.producers = graph.producers()
-        self.stages = stages(graph, self._not_excluded, target)
+        self.stages = stages(graph, self._may_fuse, target)
         self.parent: dict[str, str] = {}
         self.needs: dict[str, Need] = {}
         self.sites: list[tuple[tuple[Any, ...], str, bool]] = []  # (place, tensor of the class, observes)
@@ -84,8 +84,8 @@ class Placer:
             self.floats[stage.anchor.id] = reason
             return
         self.integer.update(op.id for op in stage.ops)
-        for index, tensor in enumerate(stage.anchor.inputs):
-            self._place_input(stage, index, tensor)
+        for tensor in stage.inputs:
+            self._place_input(stage, tensor)
         self._match_widths(stage)
         self._note_nonneg(stage)
         if stage.row.placement is Placement.SHARED and not self._leaves_shared(stage):
@@ -144,7 +144,7 @@ class Placer:
             spec = replace(spec, folds_norm=stage.norm.id)
         self.weights[stage.anchor.id] = spec
 
-    def _place_input(self, stage: Stage, index: int, tensor: str) -> None:
+    def _place_input(self, stage: Stage, tensor: str) -> None:
         """Give a float input that comes from the model input or from a float op its range."""
         value = self.graph.tensors[tensor]
         if tensor in self.parent or value.dtype != "float32" or value.constant is not None:
@@ -323,7 +323,8 @@ class Placer:
             else:
                 edges[place[1], place[2]] = site
         rows = tuple(self._row(stage, specs, edges) for stage in self.stages if stage.anchor.kind != "identity")
-        return Plan(self.graph, specs, sites, edges, self.weights, frozenset(self.integer), self.floats, rows)
+        integer, name = frozenset(self.integer), self.target.name
+        return Plan(self.graph, specs, sites, edges, self.weights, integer, self.floats, rows, name)
 
     def _by_float(self, tensor: str) -> bool:
         producer = self.producers.get(tensor)
@@ -355,6 +356,7 @@ class Placer:
         fused = " + ".join(o.layer for o in stage.ops[1:] if o.kind != "identity")
         notes = [f"fused: {fused}"] if fused else []
         notes += [f"one scale with {weight.folds_norm}"] if weight and weight.folds_norm else []
+        notes += ["not quantized before the sum"] if stage.add else []
         notes += [f"requantize input {i}" for (op_id, i) in edges if op_id == op.id]
         notes += [self.floats[op.id]] if op.id in self.floats else []
         kernel = (stage.row.target or "by its function") if is_integer else "float"
@@ -362,8 +364,11 @@ class Placer:
 
     # -- facts about the graph ------------------------------------------------------------------------------------
 
-    def _not_excluded(self, op: Op) -> bool:
+    def _may_fuse(self, op: Op) -> bool:
+        """A sum is an op of its own, which needs an entry; norms and activations follow what they are fused to."""
         entry = self.entries[op.id]
+        if op.kind == "add" and (entry is None or entry.output_bits in (None, 32)):
+            return False
         return entry is None or not entry.exclude
 
     def _reaching_outputs(self) -> set[str]:

@@ -101,6 +101,7 @@ class Plan(Report):
         integer: ids of the ops that run in integers.
         floats: for an op id, why it stays float.
         rows: one line per op.
+        target: where the model is to run.
     """
 
     graph: Graph
@@ -111,11 +112,13 @@ class Plan(Report):
     integer: frozenset[str]
     floats: Mapping[str, str]
     rows: tuple[PlanRow, ...] = field(default=())
+    target: str = "tflite"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         return {
             "model": self.graph.name,
+            "target": self.target,
             "rows": [vars(r) for r in self.rows],
             "specs": {s.id: s.describe() for s in self.specs.values()},
             "requantize": [f"{op}[{i}] -> {site.spec}" for (op, i), site in self.edges.items()],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from kquant.core.errors import ExportError
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel
+from kquant.core.stages import stages
+from kquant.core.target import Target
 
 
 def check_ranges(graph: Graph) -> None:
@@ -36,6 +38,23 @@ def check_started(graph: Graph) -> None:
             "quantization must have begun before the export",
             "training steps fewer than quant_start_step",
             "Train past quant_start_step, or leave it out of config_list",
+        )
+
+
+def check_sums(graph: Graph, made_for: Target, target: Target, fix: str) -> None:
+    """Refuse a model whose kernels add before they round, on a target that has no such kernels.
+
+    Raises:
+        ExportError: naming the layers, and with `fix`.
+    """
+    fused = [s for s in stages(graph, target=made_for) if s.add is not None]
+    lacking = [s.anchor.layer for s in fused if target.row(s.anchor.kind).sums_axes == 0]
+    if lacking:
+        raise ExportError(
+            f"layers {', '.join(map(repr, lacking[:5]))}{' ...' if len(lacking) > 5 else ''}",
+            f"kernels that add before they round, as the model was trained for {made_for.name!r}",
+            f"an artifact for {target.name!r}, which has none for {len(lacking)} sums",
+            fix,
         )
 
 

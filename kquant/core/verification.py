@@ -175,8 +175,8 @@ class Verification:
 
 
 def _kind(op: IntOp) -> str:
-    own = op.parts[0].kind
-    return own if own == op.kind else f"{own} by {op.kind}"
+    own = op.parts[0].kind + (" + add" if len(op.inputs) > 1 and op.weight is not None else "")
+    return own if op.parts[0].kind == op.kind else f"{own} by {op.kind}"
 
 
 def _unquantized(last: Op, value: Any, inputs: list[Any]) -> Any:

@@ -48,9 +48,17 @@ def alone(body: str, **environment: str) -> str:
     return made.stdout
 
 
-@pytest.mark.parametrize(("backend", "engine"), [("onednn", "x86"), ("quantized", "fbgemm"), ("quantized", "qnnpack")])
-def test_it_runs_where_the_project_is_not_installed(tmp_path, backend, engine, quantized_engine):
-    _, path = exported(tmp_path, backend=backend)
+@pytest.mark.parametrize(
+    ("target", "backend", "engine"),
+    [
+        ("onednn", "onednn", "x86"),
+        ("onednn_fused", "onednn", "x86"),
+        ("onednn", "quantized", "fbgemm"),
+        ("onednn", "quantized", "qnnpack"),
+    ],
+)
+def test_it_runs_where_the_project_is_not_installed(tmp_path, target, backend, engine, quantized_engine):
+    _, path = exported(tmp_path, target=target, backend=backend)
     quantized_engine(engine)
     expected = kquant_torch.load_artifact(path)(images())
     torch.save(images(), tmp_path / "x.pt")
@@ -129,14 +137,15 @@ def test_the_same_model_gives_the_same_bytes_in_any_process(tmp_path):
     assert len(digests) == 1
 
 
-def test_portable_gives_the_same_values_without_vnni(tmp_path):
+@pytest.mark.parametrize("target", ["onednn", "onednn_fused"])
+def test_portable_gives_the_same_values_without_vnni(tmp_path, target):
     """ONEDNN_MAX_CPU_ISA=AVX2 makes oneDNN add pairs of products in saturating int16."""
     torch.save(images(64), tmp_path / "x.pt")
     differs = {}
     for portable in (True, False):
         folder = tmp_path / str(portable)
         folder.mkdir()
-        qmodel = trained(portable=portable)
+        qmodel = trained(portable=portable, target=target)
         report = kquant_torch.export_torchscript(qmodel, folder / "model.pt", example_inputs=images())
         assert report.portable is portable
         body = f"""
