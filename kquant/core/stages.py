@@ -93,7 +93,7 @@ def _role(row: Row, anchor: Op, nxt: Op, parts: dict[str, Op], graph: Graph) -> 
         return "norm" if nxt.attrs.get("axis") == anchor.attrs.get("channel_axis") else None
     if nxt.kind == "relu" and row.fuses_relu:
         return "relu"
-    if nxt.kind == "add" and "add" not in parts:
+    if nxt.kind == "add" and row.sums_axes and "add" not in parts:
         operands = [graph.tensors[t] for t in nxt.inputs]
         fits = all(len(t.shape) == row.sums_axes and t.shape == operands[0].shape for t in operands)
         return "add" if fits and all(t.constant is None for t in operands) else None
