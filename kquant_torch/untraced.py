@@ -6,6 +6,7 @@ stays float, and the plan names each such call with its file and line.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import pathlib
 import sys
@@ -16,12 +17,12 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from kquant.core.calibration import Watch, batches
+from kquant.core.calibration import Reach, Watch, batches, first_batches
 from kquant.core.graph import Graph, Op
 from kquant.core.plan import Plan, Site
 from kquant_torch.attach import Builder
 from kquant_torch.data import arrays_of
-from kquant_torch.fake_quantize import FakeQuantize
+from kquant_torch.fake_quantize import FakeQuantize, fake_quantize_range
 from kquant_torch.norms import BATCH_NORMS
 from kquant_torch.read import Reading
 from kquant_torch.reader import Reader
@@ -219,7 +220,6 @@ def calibrate_untraced(qmodel: nn.Module, data: Any, observer: str) -> None:
     """Set the ranges of a model that was wrapped module by module, by running it as a whole."""
     signature: Graph = qmodel.__dict__[STATE]["tensors"]
     quantizers = list(dict.fromkeys(m for m in qmodel.modules() if isinstance(m, FakeQuantize)))
-    watch = Watch(observer, {})
     ops = {
         (q, site): Op(
             f"{q.name}/{site}", "fake_quant", (q.name,), (f"{q.name}/{site}",),
@@ -228,20 +228,38 @@ def calibrate_untraced(qmodel: nn.Module, data: Any, observer: str) -> None:
         for q in quantizers
         for site in ([None] if q.fixed is not None else range(q.sites))
     }  # fmt: skip
-    device = next((p.device for p in qmodel.parameters()), None)
+    graph = signature.replace(ops=tuple(ops.values()))
+    stream = batches(arrays_of(data), signature)
+    head, watch = first_batches(stream), Watch(observer, {})
 
-    def seen(q: FakeQuantize, x: torch.Tensor, site: int | None) -> torch.Tensor:
+    def observe(q: FakeQuantize, x: torch.Tensor, site: int | None) -> torch.Tensor:
         if (q, site) in ops:
             watch(ops[q, site], [x.cpu().numpy()], [])
         return x
 
+    _run_watched(qmodel, quantizers, itertools.chain(head, stream), observe)
+    watch.set_ranges(graph)
+    reach = Reach(watch)
+
+    def quantize(q: FakeQuantize, x: torch.Tensor, site: int | None) -> torch.Tensor:
+        if (q, site) in ops:
+            reach(ops[q, site], [x.cpu().numpy()], [])
+        return fake_quantize_range(x, *q.limits(), q.bits)
+
+    if reach.cut:
+        _run_watched(qmodel, quantizers, head, quantize)
+        reach.set_shares(graph)
+
+
+def _run_watched(qmodel: nn.Module, quantizers: list[FakeQuantize], stream: Any, seen: Any) -> None:
+    """Run a model in evaluation on feeds, with `seen` in the place of every quantizer's own work."""
+    device = next((p.device for p in qmodel.parameters()), None)
     for q in quantizers:
         q.watch = seen
     try:
         with in_mode(qmodel, False), torch.no_grad():
-            for feeds in batches(arrays_of(data), signature):
+            for feeds in stream:
                 qmodel(**{n: torch.as_tensor(v).to(device) for n, v in feeds.items()})
     finally:
         for q in quantizers:
             q.watch = None
-    watch.set_ranges(signature.replace(ops=tuple(ops.values())))

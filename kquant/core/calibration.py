@@ -127,15 +127,20 @@ def calibrate(graph: Graph, data: Any, observer: str = "auto") -> None:
         observer: `"auto"` (min-max; MSE at 4 bits and less), `"minmax"`, `"percentile"`, `"mse"` or `"ema"`.
     """
     stream = batches(data, graph)
-    head = _head(stream)
+    head = first_batches(stream)
     watch = Watch(observer, input_ranges(graph, head) if observer == "auto" else {})
     for feeds in itertools.chain(head, stream):
         walk(graph, feeds, watch)
     watch.set_ranges(graph)
+    reach = Reach(watch)
+    if reach.cut:
+        for feeds in head:
+            walk(graph, feeds, reach)
+        reach.set_shares(graph)
     _warn_clipped(watch.clipped)
 
 
-def _head(stream: Iterator[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+def first_batches(stream: Iterator[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
     """The first batches of a stream, of at least `HEAD` samples in all if there are as many."""
     head, count = [], 0
     for feeds in stream:
@@ -152,7 +157,7 @@ class Watch:
     def __init__(self, observer: str, limits: Mapping[str, tuple[np.float32, np.float32]]):
         self.observer, self.limits = observer, limits
         self.watchers: dict[tuple[str, int], Observer] = {}
-        self.typical: dict[tuple[str, int], _Typical] = {}
+        self.ranges: dict[tuple[str, int], tuple[float, float]] = {}
         self.clipped: dict[str, list[int]] = {}
 
     def __call__(self, op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:
@@ -166,9 +171,7 @@ class Watch:
             key = (op.attrs["spec"], site)
             if key not in self.watchers:
                 self.watchers[key] = make_observer(self.observer, quantizer.bits, quantizer.symmetric, quantizer.nonneg)
-            values = np.asarray(inputs[0], np.float32)
-            self.watchers[key].update(values, op.inputs[0])
-            self.typical.setdefault(key, _Typical()).update(values)
+            self.watchers[key].update(np.asarray(inputs[0], np.float32), op.inputs[0])
         elif op.attrs.get("unit"):
             values = np.asarray(inputs[0])
             tally = self.clipped.setdefault(op.inputs[0], [0, 0])
@@ -189,7 +192,38 @@ class Watch:
             elif key in self.watchers:
                 low, high = self.watchers[key].range(op.inputs[0])
                 low, high = _wide_enough(graph, producers, op, low, high)
-                quantizer.set_range(low, high, op.attrs["site"], self.typical[key].shares(float(low), float(high)))
+                quantizer.set_range(low, high, op.attrs["site"])
+                self.ranges[key] = float(low), float(high)
+
+
+class Reach:
+    """Visits every fake quantization of a second run, on the ranges now set: what of a batch's extremes they cover.
+
+    In training a range that leaves out the rarest values follows the extremes of the batches, in proportion. These are
+    extremes of quantized activations: what was cut off in one tensor reaches no further one. Measured on unquantized
+    values the shares would be too small, and each range in a row of layers would shrink by more than the one before.
+
+    Args:
+        watch: of the first run.
+    """
+
+    def __init__(self, watch: Watch):
+        self.cut = {key: watch.ranges[key] for key in watch.ranges if watch.watchers[key].cuts}
+        self.typical: dict[tuple[str, int], _Typical] = {}
+
+    def __call__(self, op: Op, inputs: list[Any], outputs: list[Any]) -> None:
+        """Take in what flows into a fake quantization."""
+        key = (op.attrs.get("spec"), op.attrs.get("site"))
+        if op.kind == "fake_quant" and key in self.cut:
+            self.typical.setdefault(key, _Typical()).update(np.asarray(inputs[0], np.float32))  # type: ignore[arg-type]
+
+    def set_shares(self, graph: Graph) -> None:
+        """Hand the shares that were found to the quantizers; their ranges stay as they are."""
+        for op in graph.ops:
+            key = (op.attrs.get("spec"), op.attrs.get("site"))
+            if op.kind == "fake_quant" and key in self.typical:
+                low, high = self.cut[key]
+                op.attrs["quantizer"].set_range(low, high, op.attrs["site"], self.typical[key].shares(low, high))
 
 
 def _wide_enough(
@@ -228,9 +262,9 @@ class _Typical:
         self.high += (float(values.max(initial=0.0)) - self.high) / self.batches
 
     def shares(self, low: float, high: float) -> tuple[float, float]:
-        """How much of a batch's extremes a range covers, so that training keeps to it; all where there is no cut."""
+        """A range as a multiple of a batch's extremes; 1 at an end that is zero."""
         pairs = ((low, self.low), (high, self.high))
-        below, above = (min(chosen / extreme, 1.0) if chosen * extreme > 0 else 1.0 for chosen, extreme in pairs)
+        below, above = (chosen / extreme if chosen * extreme > 0 else 1.0 for chosen, extreme in pairs)
         return below, above
 
 

@@ -37,6 +37,8 @@ class Observer(abc.ABC):
         nonneg: the tensor has no negative values by construction, so `lo` is 0; values below 0 would be clipped.
     """
 
+    cuts = False  # whether the range may leave out values that were seen
+
     def __init__(self, bits: int, symmetric: bool = False, nonneg: bool = False):
         self.bits, self.symmetric, self.nonneg = bits, symmetric, nonneg
         self.lo, self.hi = math.inf, -math.inf
@@ -192,6 +194,8 @@ class Histogram:
 
 class _HistogramObserver(Observer):
     """Base of the observers that choose their range from a histogram of all values."""
+
+    cuts = True
 
     def __init__(self, bits: int, symmetric: bool = False, nonneg: bool = False):
         super().__init__(bits, symmetric, nonneg)

@@ -47,6 +47,29 @@ def test_training_starts_where_calibration_ended():
     assert found.covered[1] * 10 == pytest.approx(found.high)
 
 
+class Rounding(Quantizer):
+    """Clips to the range that it was given."""
+
+    low, high = -np.inf, np.inf
+
+    def call(self, values, float_weights=False):
+        return [np.clip(np.asarray(values[0]), self.low, self.high)]
+
+
+def test_a_cut_is_kept_relative_to_what_earlier_cuts_let_through():
+    """Two roundings in a row: the second never meets what the first one cut off, so its own share is whole."""
+    first, second = Rounding(2), Rounding(2)
+    ops = tuple(
+        Op(o, "fake_quant", (i,), (o,), {"quantizer": q, "site": 0, "spec": o}, call=q.call)
+        for i, o, q in (("x", "a", first), ("a", "b", second))
+    )
+    tensors = {t: Tensor(t, (None, 1000)) for t in "xab"}
+    calibrate(Graph(ops, tensors, ("x",), ("b",), input_names=("x",)), BATCHES, "mse")
+    assert first.covered[1] == pytest.approx(first.high / 3)  # 5 and 1, 3 on average
+    assert second.high == first.high
+    assert second.covered[1] == pytest.approx(second.high / np.mean([min(first.high, top) for top in (5.0, 1.0)]))
+
+
 def test_ranges_over_all_values_follow_the_batches():
     assert calibrated(8, BATCHES, "minmax").covered == (1.0, 1.0)
 
