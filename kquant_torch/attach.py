@@ -14,7 +14,7 @@ from kquant.core.affine import Affine
 from kquant.core.errors import ConfigError, ModelError, UnsupportedError
 from kquant.core.graph import Op
 from kquant.core.plan import Plan, Site, WeightSpec
-from kquant.core.weights import weight_formula
+from kquant.core.weights import gain_shape, weight_formula
 from kquant_torch.fake_quantize import EMA_DECAY, FakeQuantize
 from kquant_torch.kernels import layout
 from kquant_torch.norms import BATCH_NORMS
@@ -37,6 +37,7 @@ class Builder:
         self.names: Counter[str] = Counter()
         self.nodes = self._nodes_by_tensor()
         self.quantized: dict[str, fx.Node] = {}
+        self.folded = _folded_norms(plan, self.model)
         self.labels: dict[fx.Node, Name] = dict(zip(self._op_nodes(), reading.names, strict=True))
 
     def build(self) -> nn.Module:
@@ -148,7 +149,7 @@ class Builder:
         if op.kind == "recurrent":
             _quantize_recurrent(self.model.get_submodule(str(node.target)), spec, op.layer)
         elif node.op == "call_module":
-            _quantize_layer(self.model.get_submodule(str(node.target)), spec, op)
+            _quantize_layer(self.model.get_submodule(str(node.target)), spec, op, self.folded.get(op.id))
         else:
             self._weight_of_function(op, node, spec)
 
@@ -162,7 +163,7 @@ class Builder:
             )
         weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
         key = self._unique(f"{op.id}_weight")
-        self.holder.add_module(key, made_quantizer(spec, op))
+        self.holder.add_module(key, made_quantizer(spec, op, self.folded.get(op.id)))
         with self.code.inserting_before(node):
             quantized = self.code.call_module(f"{HOLDER}.{key}", (weight,))
         node.replace_input_with(weight, quantized)
@@ -220,18 +221,38 @@ def fixed_range(affine: Affine) -> tuple[float, float]:
     return low, high
 
 
-def made_quantizer(spec: WeightSpec, op: Op) -> WeightQuantizer:
-    """The weight quantizer of an op with one kernel."""
-    axes = op.attrs.get("kernel_axes") if spec.per_channel else None
-    formula = weight_formula(spec.quantizer, spec.bits, axes, spec.largest)
-    return WeightQuantizer(formula, op.weights["kernel"].shape, spec.gradient_bits, spec.start_step, op.layer)
+def made_quantizer(spec: WeightSpec, op: Op, norm: Any = None) -> WeightQuantizer:
+    """The weight quantizer of an op with one kernel, which may hold the batch norm behind it."""
+    axes = op.attrs.get("kernel_axes")
+    formula = weight_formula(spec.quantizer, spec.bits, axes if spec.per_channel else None, spec.largest)
+    view = op.weights["kernel"].shape
+    behind = None if norm is None else (norm, gain_shape(norm.num_features, view, axes))
+    return WeightQuantizer(formula, view, spec.gradient_bits, spec.start_step, op.layer, behind)
 
 
-def _quantize_layer(module: Any, spec: WeightSpec, op: Op) -> None:
+def _folded_norms(plan: Plan, model: nn.Module) -> dict[str, Any]:
+    """For op ids, the batch norm that the op's kernel holds; a layer that is called before several norms holds none."""
+    ops = {op.id: op for op in plan.graph.ops}
+    norms: dict[str, list[Any]] = {}
+    for op_id, spec in plan.weights.items():
+        norm = None if spec.folds_norm is None else model.get_submodule(str(ops[spec.folds_norm].source.target))
+        norms.setdefault(_called(ops[op_id]), []).append(norm)
+    alone = {key for key, found in norms.items() if all(norm is found[0] for norm in found)}
+    return {i: norms[_called(ops[i])][0] for i in plan.weights if _called(ops[i]) in alone}
+
+
+def _called(op: Op) -> str:
+    """What an op runs: the name of its module, or the op itself."""
+    return str(op.source.target) if op.source.op == "call_module" else f"function {op.id}"
+
+
+def _quantize_layer(module: Any, spec: WeightSpec, op: Op, norm: Any) -> None:
     if isinstance(module, tuple(QUANTIZED.values())):
         module.weight_quantizer.calls += 1  # called at several places: one weight spec
         return
-    module.add_module("weight_quantizer", made_quantizer(spec, op).to(module.weight.device).train(module.training))
+    module.add_module(
+        "weight_quantizer", made_quantizer(spec, op, norm).to(module.weight.device).train(module.training)
+    )
     module.__class__ = QUANTIZED[type(module)]
 
 

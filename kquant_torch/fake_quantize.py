@@ -84,10 +84,8 @@ class _StraightThrough(torch.autograd.Function):
     """The dequantized codes of a weight formula, with the gradient passed to the prepared weights unchanged."""
 
     @staticmethod
-    def forward(prepared: torch.Tensor, formula: Any) -> torch.Tensor:
-        from kquant_torch import arrays
-
-        codes, scale = formula.quantize(prepared, arrays)
+    def forward(prepared: torch.Tensor, quantize: Any, gain: Any, training: bool) -> torch.Tensor:
+        codes, scale = quantize(prepared, gain, training)
         return codes * scale
 
     @staticmethod
@@ -96,7 +94,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple:
-        return upstream, None
+        return upstream, None, None, None
 
 
 def fake_quantize_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int) -> torch.Tensor:
@@ -115,9 +113,16 @@ def fake_quantize_range(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, 
     return _FakeQuantize.apply(x, low, high, bits)
 
 
-def straight_through(prepared: torch.Tensor, formula: Any) -> torch.Tensor:
-    """The fake-quantized weights of a formula from what its `prepare` returned."""
-    return _StraightThrough.apply(prepared, formula)
+def straight_through(prepared: torch.Tensor, quantize: Any, gain: torch.Tensor | None, training: bool) -> torch.Tensor:
+    """The fake-quantized weights of a formula from what its `prepare` returned.
+
+    Args:
+        prepared: the weights.
+        quantize: (prepared, gain, training) -> codes and scale.
+        gain: of the batch norm behind them, or None.
+        training: whether this is a training step.
+    """
+    return _StraightThrough.apply(prepared, quantize, gain, training)
 
 
 def batch_range(x: torch.Tensor, nonneg: bool) -> tuple[torch.Tensor, torch.Tensor]:

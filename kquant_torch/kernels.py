@@ -133,4 +133,5 @@ def _marks(kind: str, rank: int, axes: tuple[int, ...] | None) -> dict:
 def _quantized(quantizer: Any, codes: Callable) -> dict:
     if quantizer is None:
         return {}
-    return {"formula": quantizer.formula, "codes": codes, "is_waiting": quantizer.is_waiting}
+    marks = {"formula": quantizer.formula, "codes": codes, "is_waiting": quantizer.is_waiting}
+    return {**marks, "folds_norm": quantizer.norm is not None}

@@ -38,6 +38,12 @@ class FreezableBatchNorm(Stateful):
         self.running_mean.copy_(torch.as_tensor(mean))
         self.running_var.copy_(torch.as_tensor(variance))
 
+    @torch.no_grad()
+    def gain(self) -> torch.Tensor:
+        """`|gamma / sigma|` with the running statistics, one float32 value per channel."""
+        root = torch.rsqrt(self.running_var.float() + self.eps)
+        return root if self.weight is None else self.weight.float().abs() * root
+
     def affine_of(self, mean: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Scale and offset per channel with these statistics, float64."""
         return batch_affine(self, mean, variance)

@@ -115,7 +115,7 @@ def _batch_norm(r: Reader, node: fx.Node, module: Any, input: Any) -> Any:
 
     size = (module.num_features,)
     weights = {"scale": Weight(size, lambda: affine()[0]), "offset": Weight(size, lambda: affine()[1])}
-    attrs = {"axis": 1, **({"batch_norm": module} if type(module) not in BATCH_NORMS else {})}
+    attrs = {"axis": 1, "normalizes": True, **({"batch_norm": module} if type(module) not in BATCH_NORMS else {})}
     return r.add("channel_affine", node, [input], attrs, weights=weights)
 
 

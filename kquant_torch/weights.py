@@ -27,6 +27,8 @@ class WeightQuantizer(Delayed):
         gradient_bits: DoReFa's gradient quantization of the layer's output before its bias, or None.
         start_step: use the float weight before this training pass.
         name: of the layer; it seeds the noise of the gradients.
+        norm: the batch norm behind the layer, where one scale is to hold both, and the shape in which its channels
+            broadcast against the weight in `view`'s shape. It stays the model's: it is no child of this module.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class WeightQuantizer(Delayed):
         gradient_bits: int | None = None,
         start_step: int = 0,
         name: str = "",
+        norm: tuple[Any, tuple[int, ...]] | None = None,
     ):
         super().__init__()
+        self.norm = norm
         self.formula, self.view, self.gradient_bits = formula, view, gradient_bits
         self.seed = zlib.crc32(name.encode())
         self._add_step(start_step)
@@ -48,7 +52,8 @@ class WeightQuantizer(Delayed):
         """The fake-quantized weight, float32, differentiable with respect to the float one."""
         wide = weight.float()
         shaped = wide if self.view is None else wide.reshape(self.view)
-        quantized = straight_through(self.formula.prepare(shaped, arrays), self.formula).reshape(weight.shape)
+        prepared = self.formula.prepare(shaped, arrays)
+        quantized = straight_through(prepared, self._quantize, self._gain(), self.training).reshape(weight.shape)
         started = self._started()
         return quantized if started is None else torch.where(started, quantized, wide)
 
@@ -57,7 +62,16 @@ class WeightQuantizer(Delayed):
         """Integer-valued float codes (in `view`'s shape) and their broadcastable scale, from a float weight."""
         wide = weight.float()
         shaped = wide if self.view is None else wide.reshape(self.view)
-        return self.formula.quantize(self.formula.prepare(shaped, arrays), arrays)
+        return self._quantize(self.formula.prepare(shaped, arrays), self._gain(), False)
+
+    def _gain(self) -> torch.Tensor | None:
+        """`|gamma / sigma|` of the norm with its running statistics, as it broadcasts against the weight."""
+        return None if self.norm is None else self.norm[0].gain().reshape(self.norm[1])
+
+    def _quantize(self, prepared: torch.Tensor, *gain: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            self.formula.quantize(prepared, arrays) if gain[0] is None else self.formula.fold(prepared, *gain, arrays)
+        )
 
     def on_gradient(self, y: torch.Tensor) -> torch.Tensor:
         """`y` itself; in training its gradient is quantized, with noise that counts on from step to step."""

@@ -11,11 +11,11 @@ import tensorflow as tf
 from kquant.core.errors import ModelError
 from kquant.core.plan import Plan, Site, Spec, WeightSpec
 from kquant.core.reports import Report
-from kquant.core.weights import weight_formula
+from kquant.core.weights import gain_shape, weight_formula
 from kquant.tf1 import marks
 from kquant.tf1.graphs import GraphModel, as_model, remember, tensor_id
 from kquant.tf1.match import Found
-from kquant.tf1.norms import make_freezable
+from kquant.tf1.norms import gain_of, make_freezable
 from kquant.tf1.ranges import Range
 from kquant.tf1.read import complete, read_with_source
 from kquant.tf1.rewire import Slot, readers, redirect, slots
@@ -68,6 +68,7 @@ class Rewriter:
         self.state = State(self.graph)
         self.ranges: dict[str, Range] = {}
         self.current: dict[str, Any] = {}  # what the integer readers of a tensor see
+        self.found: dict[str, Found] = {}
         self.activations = self.kernels = 0
 
     def check_trains(self) -> None:
@@ -83,7 +84,7 @@ class Rewriter:
 
     def run(self) -> None:
         """Insert everything."""
-        found = {op.id: op.source for op in self.read.ops}
+        found = self.found = {op.id: op.source for op in self.read.ops}
         # All places are looked up before the first of them changes.
         places = {op_id: slots(f, self.matcher.depends) for op_id, f in found.items()}
         for name in self.read.inputs:
@@ -150,14 +151,18 @@ class Rewriter:
         formula = weight_formula(spec.quantizer, spec.bits, axes)
         scope = f"{scope_of(kernel.op.name)}/kernel/"
         with tf.name_scope(scope):
-            codes, scale = weight_codes(formula, kernel.tensor)
-            value = quantized_weight(formula, kernel.tensor)
+            gain = self._gain(kernel, spec.folds_norm, scope) if spec.folds_norm else None
+            codes, scale = weight_codes(formula, kernel.tensor, gain)
+            value = quantized_weight(formula, kernel.tensor, gain)
+            if gain is not None and self.model.training:
+                deployed, value = value, tf.identity(quantized_weight(formula, kernel.tensor, gain, True), "floored")
+                marks.put(value.op, marks.FLOORED, input=deployed.name)
             started = self.state.started(spec.start_step)
             result = tf.identity(value if started is None else tf.where(started, value, kernel.tensor), "quantized")
         marks.put(
             result.op, marks.WEIGHT, kernel=kernel.tensor.name, codes=codes.name, scale=scale.name, axes=axes,
             quantizer=spec.quantizer, bits=spec.bits, start_step=spec.start_step,
-            step=self.state.step_name(spec.start_step),
+            step=self.state.step_name(spec.start_step), folds_norm=gain is not None,
         )  # fmt: skip
         if kernel.op.type == "ResourceGather":
             self._look_up(op.id, kernel.op, result)
@@ -166,6 +171,11 @@ class Rewriter:
         self.kernels += 1
         if spec.gradient_bits and self.model.training:
             self._gradient(kernel.op, spec, started)
+
+    def _gain(self, kernel: Any, norm: str, scope: str) -> Any:
+        """The gain of the norm behind an op, as it broadcasts against the op's kernel."""
+        gain = gain_of(self.matcher, self.found[norm], scope.removesuffix("/"))
+        return tf.reshape(gain, gain_shape(int(gain.shape[0]), kernel.tensor.shape.as_list(), kernel.axes))
 
     def _look_up(self, name: str, op: Any, table: Any) -> None:
         """A look-up in a variable reads past whatever is in the graph, so one in the quantized table replaces it."""

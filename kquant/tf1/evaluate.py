@@ -95,14 +95,29 @@ class Evaluator:
         table.update({tensor: values[name] for name, tensor in island.variables.items()})
         return list(self._run(island.fetches, table))
 
-    def inline(self, feeds: Mapping[str, Any], fetches: Sequence[str]) -> list[Any]:
-        """Tensors in the graph that is being built, from tensors in the place of others; variables are constants."""
+    def inline(
+        self,
+        feeds: Mapping[str, Any],
+        fetches: Sequence[str],
+        variable: Callable[[str], Any] | None = None,
+        name: str = "",
+    ) -> list[Any]:
+        """Tensors in the graph that is being built, from tensors in the place of others.
+
+        Args:
+            feeds: those tensors, by the names of the others.
+            fetches: tensor names.
+            variable: for a variable op's name the tensor that has its value; None for a constant of the present value.
+            name: scope of the ops that are made.
+        """
         dtypes = {name: np.zeros((), t.dtype.as_numpy_dtype) for name, t in feeds.items()}
         definition, names, part = self._definition(dtypes, fetches, {})
-        values = self.values.get(part.variables.values())
-        table = {f"{_placeholder(name)}:0": t for name, t in feeds.items() if _placeholder(name) in part.nodes}
-        table |= {f"{p}:0": tf.constant(values[v]) for p, v in part.variables.items()}
-        found: list[Any] = tf.import_graph_def(definition, input_map=table, return_elements=names, name="")
+        if variable is None:
+            values = self.values.get(part.variables.values())
+            variable = {v: tf.constant(a) for v, a in values.items()}.__getitem__
+        table = {f"{_placeholder(n)}:0": t for n, t in feeds.items() if _placeholder(n) in part.nodes}
+        table |= {f"{p}:0": variable(v) for p, v in part.variables.items()}
+        found: list[Any] = tf.import_graph_def(definition, input_map=table, return_elements=names, name=name)
         return found
 
     def apply(self, key: Any, function: Callable[..., Sequence[Any]], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

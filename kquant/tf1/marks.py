@@ -21,8 +21,10 @@ BATCH_NORM = "batch_norm"  # a batch norm whose statistics can be frozen
 STATISTIC = "statistic"  # a batch statistic that can be frozen
 LOOK_UP = "look_up"  # a look-up in a fake-quantized table, in the place of one in a variable
 
+FLOORED = "floored"  # the training form of a kernel that holds its batch norm
+
 # Those that stand for the tensor behind them: they change how it is trained and not what it is.
-TRANSPARENT = (GRADIENT, BATCH_NORM)
+TRANSPARENT = (GRADIENT, BATCH_NORM, FLOORED)
 
 
 def put(op: Any, kind: str, **facts: Any) -> None:

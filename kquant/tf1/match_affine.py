@@ -85,13 +85,14 @@ def _affine(m: Matcher, op: Any, kind: str, x: Any, parameter: Any, first: bool,
         "div": (lambda: 1.0 / values(), lambda: np.zeros(channels)),
     }
     factor, shift = steps[kind]
+    factors = ((parameter, kind),) if kind in ("mul", "div") else ()
     before = m.match(x)
     if before.kind != "channel_affine" or not m.is_read_once(x, op):
-        attrs = {"parameters": (parameter,)}
+        attrs = {"parameters": (parameter,), "factors": factors}
         return Found("channel_affine", (x,), op.outputs[0], op, attrs, _weights(channels, factor, shift))
     scale, offset = before.weights["scale"].read, before.weights["offset"].read
     joined = _weights(channels, lambda: scale() * factor(), lambda: offset() * factor() + shift())
-    attrs = {"parameters": (*before.attrs["parameters"], parameter)}
+    attrs = {key: (*before.attrs[key], *own) for key, own in (("parameters", (parameter,)), ("factors", factors))}
     return before.then(op, weights=joined, attrs=attrs)
 
 
@@ -124,5 +125,5 @@ def batch_norm(m: Matcher, op: Any, index: int) -> Found | str:
     def offset() -> np.ndarray:
         return np.asarray(read[1](), np.float64) - np.asarray(read[2](), np.float64) * scale()
 
-    attrs = {"parameters": (gamma, beta, mean, variance)}
+    attrs = {"parameters": (gamma, beta, mean, variance), "factors": ((gamma, "mul"), (variance, "norm", epsilon))}
     return Found("channel_affine", (x,), op.outputs[0], op, attrs, _weights(int(gamma.shape[0]), scale, offset))

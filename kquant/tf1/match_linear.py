@@ -56,7 +56,8 @@ def weighted(m: Matcher, kind: str, op: Any, source: Any, kernel: Kernel, attrs:
     if mark is not None:
         names = [mark["codes"], mark["scale"]]
         formula = weight_formula(mark["quantizer"], mark["bits"], None if mark["axes"] is None else tuple(mark["axes"]))
-        attrs = {**attrs, "formula": formula, "codes": lambda: tuple(map(seen, m.evaluator.run({}, names)))}
+        codes = {"codes": lambda: tuple(map(seen, m.evaluator.run({}, names)))}
+        attrs = {**attrs, **codes, "formula": formula, "folds_norm": mark.get("folds_norm", False)}
     shape = seen(np.empty(master.shape.as_list())).shape
     weight = Weight(shape, lambda: seen(m.reader(master)()))
     return Found(kind, (source,), op.outputs[0], op, attrs, {"kernel": weight}, kernel)

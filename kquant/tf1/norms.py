@@ -98,6 +98,21 @@ def batch_norm_of(m: Matcher, found: Found) -> BatchNorm | None:
     return BatchNorm(found.anchor.name, mean, variance, m.evaluator.values, read)
 
 
+def gain_of(m: Matcher, found: Found, scope: str) -> Any:
+    """`|gamma / sigma|` of a scale per channel as a float32 tensor of shape (channels,), without a gradient.
+
+    It is computed anew from the variables, with the moving averages in the place of batch statistics.
+    """
+    factors = found.attrs["factors"]
+    tensors = m.evaluator.inline({}, [f[0].name for f in factors], partial(_value, m), f"{scope}/gain")
+    gain = tf.ones((found.weights["scale"].shape[0],))
+    for tensor, (_, how, *epsilon) in zip(tensors, factors, strict=True):
+        values = tf.reshape(tensor, [-1])
+        steps = {"mul": lambda g, v: g * v, "div": lambda g, v: g / v, "norm": lambda g, v: g * tf.math.rsqrt(v)}
+        gain = steps[how](gain, values + epsilon[0] if epsilon else values)
+    return tf.stop_gradient(tf.abs(gain))
+
+
 # -- freezing -------------------------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,8 @@ class Reader:
         elif "codes" in attrs:
             attrs["is_waiting"] = partial(is_waiting, self.model.values, marks.of(found.kernel.tensor.op))
         attrs.pop("parameters", None)
+        if attrs.pop("factors", ()):
+            attrs["normalizes"] = True
         norm = batch_norm_of(self.matcher, found)
         if norm is not None:
             attrs["batch_norm"] = norm
