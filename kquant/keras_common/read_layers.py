@@ -13,7 +13,7 @@ from kquant.keras_common.functions import function_kind
 from kquant.keras_common.generation import Call, Source
 from kquant.keras_common.handlers import LAYERS, reads, reads_own
 from kquant.keras_common.norms import norm_affine
-from kquant.keras_common.reader import Reader, unchanged
+from kquant.keras_common.reader import Reader, activation_name, unchanged
 
 
 def not_channels_last(layer: Any) -> str | None:
@@ -121,7 +121,7 @@ def read_fake_quantize(r: Reader, layer: Any, inputs: list[str], call: Call) -> 
 def activation(r: Reader, layer: Any, function: Any, inputs: list[str]) -> list[str]:
     """The activation argument of a layer, as an op after it."""
     kind, attrs = function_kind(r.generation, function)
-    name = f"{layer.name}_activation"
+    name = activation_name(layer)
 
     def build() -> Any:
         return r.layers.Activation(function, name=name, dtype=layer.dtype_policy)

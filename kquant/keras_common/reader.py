@@ -280,13 +280,32 @@ def _settle_dtype(reader: Reader, name: str) -> None:
 
 
 def _output_names(generation: Generation, form: Any) -> list[str]:
+    """The names of a model's outputs: its keys, or the names of the layers of the float model that make them."""
     outputs = generation.structures(form)[1]
-    return list(outputs) if isinstance(outputs, dict) else [_named(generation, t).name for t in form.outputs]
+    if isinstance(outputs, dict):
+        return list(outputs)
+    made = [generation.maker(t)[0].name for t in form.outputs]
+    given = list(form.output_names)  # those of the float model, until the quantized one is saved and loaded
+    return given if given != made else [_named(generation, t) for t in form.outputs]
 
 
-def _named(generation: Generation, tensor: Any) -> Any:
-    """The layer that made a tensor, before any fake quantization."""
+def _named(generation: Generation, tensor: Any) -> str:
+    """The name of the layer of the float model that made a tensor: before fake quantization, with its activation."""
+    layer, given = _maker(generation, tensor)
+    if layer is not generation.maker(tensor)[0] and len(given) == 1:
+        before, _ = _maker(generation, given[0])
+        layer = before if layer.name == activation_name(before) else layer
+    return str(layer.name)
+
+
+def _maker(generation: Generation, tensor: Any) -> tuple[Any, Any]:
+    """The layer behind the fake quantizations of a tensor, and what it was given."""
     layer, given = generation.maker(tensor)
     while isinstance(layer, generation.own.FakeQuantize):
         layer, given = generation.maker(given[0])
-    return layer
+    return layer, given
+
+
+def activation_name(layer: Any) -> str:
+    """The name of the layer that the activation argument of another becomes."""
+    return f"{layer.name}_activation"

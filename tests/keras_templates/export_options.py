@@ -94,6 +94,19 @@ def test_an_output_without_a_name_is_called_as_in_the_float_model(qmodel, tmp_pa
     assert (file.input_names, file.output_names) == (("x",), ("head",))
 
 
+@pytest.mark.parametrize("function", ["softmax", "relu", "tanh"])
+def test_an_output_with_an_activation_is_called_like_its_layer(function, tmp_path):
+    """Also after saving and loading, when only the layers' names are left."""
+    x = keras.Input(SHAPE, name="x")
+    y = layers.Dense(3, activation=function, name="probs")(layers.Flatten()(x))
+    qmodel = kquant.quantize_model(keras.Model(x, y), calibration_data=X)
+    assert exported(qmodel, tmp_path / "model.tflite").output_names == ("probs",)
+    qmodel.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert exported(loaded, tmp_path / "again.tflite").output_names == ("probs",)
+    assert kquant.load_artifact(tmp_path / "again.tflite")(X[:4]).shape == (4, 3)
+
+
 def test_several_inputs_and_outputs_keep_their_names(tmp_path):
     rng = np.random.default_rng(0)
     a, b = keras.Input((6,), name="left"), keras.Input((4,), name="right")
