@@ -23,7 +23,8 @@ from kquant_torch.data import arrays_of
 from kquant_torch.read import Reading, read, read_code
 from kquant_torch.root import is_quantized
 from kquant_torch.target import ONEDNN, ONEDNN_FUSED
-from kquant_torch.trace import Inputs, NotTraceable, as_arguments
+from kquant_torch.trace import Inputs, as_arguments
+from kquant_torch.tracer import NotTraceable
 from kquant_torch.untraced import attach_hooks, calibrate_untraced, is_untraced, read_untraced
 
 # What trains quantized: the ops that have an integer kernel there, and those that keep their arithmetic in float.

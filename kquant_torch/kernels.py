@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from kquant.core.graph import Weight
 from kquant_torch.reader import Reader, Refused, parameter_weight, weight_quantizer
-from kquant_torch.trace import in_mode
+from kquant_torch.tracer import in_mode
 
 GEOMETRY = ("stride", "padding", "output_padding", "dilation")
 

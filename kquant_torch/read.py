@@ -61,7 +61,8 @@ from torch import fx, nn
 from kquant.core.errors import ModelError, UnsupportedError
 from kquant.core.graph import Graph
 from kquant_torch.reader import Name, Reader
-from kquant_torch.trace import Inputs, NotTraceable, propagate, trace
+from kquant_torch.trace import Inputs, propagate, trace
+from kquant_torch.tracer import NotTraceable
 
 
 @dataclass

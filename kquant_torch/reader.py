@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op, Tensor, Weight
-from kquant_torch.trace import Described, in_mode
+from kquant_torch.trace import Described
+from kquant_torch.tracer import in_mode
 from kquant_torch.weights import WeightQuantizer
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,83 +14,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from kquant.core.errors import ModelError
-from kquant_torch.functions import OURS, run_hooks, run_pre_hooks
-from kquant_torch.state import Stateful
+from kquant_torch.tracer import NotTraceable, Tracer, in_mode, larger
 
 VIEWS = frozenset(
     "getitem view reshape flatten unflatten squeeze unsqueeze permute transpose t select narrow chunk split unbind "
     "expand movedim swapaxes detach contiguous".split()
 )
-COMPOSITE = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
-
-
-class NotTraceable(Exception):  # noqa: N818  a reason, not an error: such a model is wrapped module by module
-    """Why fx cannot trace a model."""
-
-
-class Tracer(fx.Tracer):
-    """Keeps whole: torch's layers, ours, and modules that act in training only. Reads parameters and buffers."""
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=OURS)
-        self.proxy_buffer_attributes = True
-        self.training_only: set[str] = set()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Torch's own layers, and ours."""
-        if isinstance(m, Stateful) or type(m).__module__.startswith("kquant_torch."):
-            return not getattr(type(m), "is_quantized_root", False)
-        return super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
-        """A module of the user's that returns its input as it is in evaluation (drop path) is one node."""
-        if self.is_leaf_module(m, self.path_of_module(m)):
-            return super().call_module(m, forward, args, kwargs)
-        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-            return self._hooked(m, forward, args, kwargs)
-        before = len(self.graph.nodes)
-        result = super().call_module(m, forward, args, kwargs)
-        if args and result is args[0] and len(self.graph.nodes) == before and not isinstance(m, COMPOSITE):
-            name = self.path_of_module(m)
-            self.training_only.add(name)
-            return self.create_proxy("call_module", name, args, kwargs)
-        return result
-
-    def create_arg(self, a: Any) -> Any:
-        """A module as an argument is an attribute of the model."""
-        return (
-            self.create_node("get_attr", self.path_of_module(a), (), {})
-            if isinstance(a, nn.Module)
-            else super().create_arg(a)
-        )
-
-    def _hooked(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
-        """A container with hooks: they run where its code begins and ends."""
-        if len(args) != 1 or kwargs or m._backward_hooks or m._backward_pre_hooks:
-            raise NotTraceable(f"{self.path_of_module(m)!r} has backward hooks, or hooks and several inputs")
-        x = self.create_proxy("call_function", run_pre_hooks, (m, args[0]), {}) if m._forward_pre_hooks else args[0]
-        hooks = m._forward_hooks, m._forward_pre_hooks
-        m._forward_hooks, m._forward_pre_hooks = OrderedDict(), OrderedDict()
-        try:
-            # The closure that fx made holds the arguments before the hooks.
-            y = super().call_module(m, lambda *a, **k: m.forward(*a, **k), (x,), {})
-        finally:
-            m._forward_hooks, m._forward_pre_hooks = hooks
-        return self.create_proxy("call_function", run_hooks, (m, x, y), {}) if m._forward_hooks else y
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a module and all its parts in a mode, and each back as it was."""
-    modes = {m: m.training for m in model.modules()}
-    try:
-        for m in modes:
-            m.training = training
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
 
 
 class Inputs:
@@ -145,34 +74,46 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, frozenset[str]]:
         NotTraceable: control flow that depends on values or on the mode.
     """
     with in_mode(model, False):
-        graph, names = _trace_once(model, inputs)
-    with in_mode(model, True):
-        try:
-            other = _trace_once(model, inputs, names)[0]
-        except NotTraceable as error:
-            raise NotTraceable(f"in training mode: {error}") from error
-    if _outline(graph) != _outline(other):
-        raise NotTraceable("its forward does something else in training than in evaluation (it reads self.training)")
+        graph, names, constants = _trace_once(model, inputs)
+    try:
+        with in_mode(model, True):
+            other = _trace_once(model, inputs, names, constants)[0]
+        _check_same(graph, other)
+    except NotTraceable as error:
+        for name in constants:
+            delattr(model, name)
+        raise NotTraceable(f"in training mode: {error}") from error
     return graph, names
 
 
-def _trace_once(model: nn.Module, inputs: Inputs, leaves: frozenset[str] = frozenset()) -> Any:
-    tracer = Tracer()
+def _check_same(graph: fx.Graph, other: fx.Graph) -> None:
+    if _outline(graph) != _outline(other):
+        raise NotTraceable("its forward does something else in training than in evaluation (it reads self.training)")
+
+
+def _trace_once(
+    model: nn.Module, inputs: Inputs, leaves: frozenset[str] = frozenset(), constants: dict | None = None
+) -> Any:
+    tracer = Tracer(inputs.values, constants)
     if leaves:
         own = tracer.is_leaf_module
         tracer.is_leaf_module = lambda m, name: name in leaves or own(m, name)  # type: ignore[method-assign]
     try:
         if is_composite(model):
-            return _as_one_call(inputs), frozenset()
+            return _as_one_call(inputs), frozenset(), {}
         graph = tracer.trace(model, concrete_args=inputs.defaults or None)
     except Exception as error:  # whatever a user's code raises on symbolic values
+        if constants is None:
+            for name in tracer.constants:
+                delattr(model, name)
         first = (str(error).strip().splitlines() or [""])[0]
-        raise NotTraceable(f"{type(error).__name__}: {first}") from error
+        known = isinstance(error, NotTraceable)
+        raise NotTraceable(first if known else f"{type(error).__name__}: {first}") from error
     _drop_defaults(graph, inputs)
     _out_of_place(graph, model)
     _dropouts_as_modules(graph)
     drop_unused(graph)
-    return graph, frozenset(tracer.training_only)
+    return graph, frozenset(tracer.training_only), tracer.constants
 
 
 def is_composite(model: nn.Module) -> bool:
@@ -333,6 +274,6 @@ def propagate(model: nn.Module, graph: fx.Graph, values: Mapping[str, torch.Tens
                 "inputs that the model can be called on",
                 f"{shapes}; the model raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             ) from error
-        larger = [v if v.ndim == 0 else torch.cat([v, v[:1]]) for v in ordered]
+        more = larger(values)
         with contextlib.suppress(Exception):
-            _Recorder(model, graph, "other").run(*larger)
+            _Recorder(model, graph, "other").run(*(more[str(n.target)] for n in graph.nodes if n.op == "placeholder"))

@@ -27,7 +27,8 @@ from kquant_torch.norms import BATCH_NORMS
 from kquant_torch.read import Reading
 from kquant_torch.reader import Reader
 from kquant_torch.root import STATE
-from kquant_torch.trace import Described, Inputs, Tracer, in_mode
+from kquant_torch.trace import Described, Inputs
+from kquant_torch.tracer import Tracer, in_mode
 
 _OWN = (str(pathlib.Path(torch.__file__).parent), str(pathlib.Path(__file__).parent))
 
