@@ -15,6 +15,7 @@ from kquant.core.errors import ConfigError, ModelError, UnsupportedError
 from kquant.core.graph import Op
 from kquant.core.plan import Plan, Site, WeightSpec
 from kquant.core.weights import gain_shape, weight_formula
+from kquant_torch.constants import ConstantQuantizer
 from kquant_torch.fake_quantize import EMA_DECAY, FakeQuantize
 from kquant_torch.kernels import layout
 from kquant_torch.norms import BATCH_NORMS
@@ -86,9 +87,39 @@ class Builder:
                 _replace_operand(node, raw, value, used[raw])
             else:
                 used[raw] += 1
+        self._constant(op, node)
         self._weight(op)
         for tensor in op.outputs:
             self._fake_quantize_tensor(tensor, by_integer=op.id in self.plan.integer)
+
+    def _constant(self, op: Op, node: fx.Node) -> None:
+        """A constant operand lies on the grid that the artifact has: its own, or that of what it is compared with."""
+        for index, tensor in enumerate(op.inputs):
+            if tensor not in self.reading.constants or op.id not in self.plan.integer:
+                continue
+            source, value = self.reading.constants[tensor], self.graph.tensors[tensor].constant
+            if value is not None and value.size == 1:
+                continue  # one number is held as it is
+            if op.kind in ("maximum", "minimum"):
+                with self.code.inserting_before(node):
+                    held = self._call_quantizer(
+                        source, Site(self._spec_of(op, 1 - index), None), f"{op.layer}.constant"
+                    )
+                del self.labels[held]
+            else:
+                key = self._unique(f"{op.id}_constant")
+                self.holder.add_module(key, ConstantQuantizer())
+                with self.code.inserting_before(node):
+                    held = self.code.call_module(f"{HOLDER}.{key}", (source,))
+            node.replace_input_with(source, held)
+
+    def _spec_of(self, op: Op, index: int) -> str:
+        """The range on which an op reads an input: a requantize's, or that of the tensor which it shares."""
+        edge, tensor = self.plan.edges.get((op.id, index)), op.inputs[index]
+        while edge is None and not self.plan.sites.get(tensor):
+            maker = self.graph.producers()[tensor]
+            edge, tensor = self.plan.edges.get((maker.id, 0)), maker.inputs[0]
+        return self.plan.sites[tensor][-1].spec if edge is None else edge.spec
 
     def _fake_quantize_tensor(self, tensor: str, by_integer: bool) -> None:
         sites = self.plan.sites.get(tensor, ())

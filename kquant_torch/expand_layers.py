@@ -113,7 +113,7 @@ def _div(site: Site, input: Any, other: Any, *, rounding_mode: Any = None) -> An
     """A quotient of two tensors is a product with the reciprocal."""
     if not isinstance(other, fx.Proxy) or not isinstance(other.node.meta.get("value"), Described):
         return None
-    if is_parameter(other) or not isinstance(input, fx.Proxy) or rounding_mode is not None:
+    if not isinstance(input, fx.Proxy) or rounding_mode is not None or (is_parameter(input) and is_parameter(other)):
         return None
     return input * torch.reciprocal(other)
 

@@ -33,7 +33,7 @@ def grid(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[Number, Numb
     return float(step), 0.0 - zero, levels - zero
 
 
-def _rounded(x: torch.Tensor, scale: Number, first: Number, last: Number) -> torch.Tensor:
+def rounded(x: torch.Tensor, scale: Number, first: Number, last: Number) -> torch.Tensor:
     """`clip(floor(x / scale + 0.5), first, last) * scale` in as few passes over memory as eager mode allows."""
     if isinstance(scale, torch.Tensor):
         return torch.clamp(torch.floor(x * (1.0 / scale) + 0.5), first, last) * scale
@@ -60,7 +60,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int) -> torch.Tensor:
-        return _rounded(x, *grid(low, high, bits))
+        return rounded(x, *grid(low, high, bits))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:

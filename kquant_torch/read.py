@@ -75,6 +75,7 @@ class Reading:
     inputs: Inputs
     names: list[Name] = field(default_factory=list)
     items: dict[str, fx.Node] = field(default_factory=dict)
+    constants: dict[str, fx.Node] = field(default_factory=dict)
     traced: bool = True
 
 
@@ -99,7 +100,7 @@ def read_code(model: nn.Module, example_inputs: Any = None) -> Reading:
     name = type(model).__name__.removeprefix("Quantized")
     ends = tensors, tuple(outputs)
     graph = Graph(tuple(reader.ops), reader.tensors, *ends, name, tensors, output_names, target_of(model))
-    return Reading(graph, model, code, inputs, reader.names, reader.items)
+    return Reading(graph, model, code, inputs, reader.names, reader.items, reader.constants)
 
 
 def read(model: nn.Module, example_inputs: Any = None) -> Graph:

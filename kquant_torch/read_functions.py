@@ -12,7 +12,7 @@ from kquant.core.elementwise import is_elementwise
 from kquant.core.graph import Weight
 from kquant_torch.handlers import function_name, reads
 from kquant_torch.kernels import read_kernel
-from kquant_torch.reader import Reader, Refused
+from kquant_torch.reader import Reader, Refused, constant_quantizer
 
 RENAMED = {"hardsigmoid": "hard_sigmoid", "exp": "exponential", "absolute": "abs"}
 
@@ -129,8 +129,6 @@ def _div(r: Reader, node: fx.Node, input: Any, other: Any, rounding_mode: Any = 
         if r.is_data(input) or r.is_parametric(input):
             raise Refused("a division by a tensor has no integer form")
         return r.add("elementwise", node, [other], {"fn": "reciprocal"})
-    if r.is_parametric(other):
-        return _with_parameter(r, node, "div", input, other, False)
     value = np.float32(1.0) / np.asarray(r.constant_of(other), np.float32)
     return _with_constant(r, node, "mul", input, value.reshape(1), False)
 
@@ -174,12 +172,8 @@ def _with_parameter(r: Reader, node: fx.Node, kind: str, x: fx.Node, parameter: 
     varying = [i for i in range(len(shape)) if i >= len(shape) - len(own) and own[i - len(shape) + len(own)] > 1]
     if len(varying) == 1 and varying[0] != 0 and tuple(x.meta["value"].shape) == tuple(shape):
         axis = varying[0]
-    if axis is None or kind not in ("add", "sub", "mul", "div"):
-        if kind == "div":
-            kind, value = "mul", np.float32(1.0) / r.parameter(parameter)
-        else:
-            value = r.parameter(parameter)
-        return _with_constant(r, node, kind, x, value.reshape(value.shape or (1,)), first)
+    if axis is None or kind not in ("add", "sub", "mul"):
+        return _with_array(r, node, kind, x, parameter, first)
     size = (shape[axis],)
 
     def values() -> np.ndarray:
@@ -188,7 +182,6 @@ def _with_parameter(r: Reader, node: fx.Node, kind: str, x: fx.Node, parameter: 
     ones, zeros = Weight(size, lambda: np.ones(size)), Weight(size, lambda: np.zeros(size))
     weights = {
         "mul": {"scale": Weight(size, values), "offset": zeros},
-        "div": {"scale": Weight(size, lambda: 1 / values()), "offset": zeros},
         "add": {"scale": ones, "offset": Weight(size, values)},
         "sub": {
             "scale": Weight(size, lambda: np.full(size, -1.0 if first else 1.0)),
@@ -196,6 +189,25 @@ def _with_parameter(r: Reader, node: fx.Node, kind: str, x: fx.Node, parameter: 
         },
     }[kind]
     return r.add("channel_affine", node, [x], {"axis": axis}, weights=weights)
+
+
+def _with_array(r: Reader, node: fx.Node, kind: str, x: fx.Node, parameter: fx.Node, first: bool) -> Any:
+    """An array of buffers and parameters as a constant operand, which a wrapped model holds on its grid."""
+    quantizer, source = constant_quantizer(r, parameter)
+    value = r.parameter(source)
+    if value.size == 1 and kind in ("maximum", "minimum"):
+        return r.add("elementwise", node, [x], {"fn": "clip"})
+    value = value.reshape(value.shape or (1,))
+    operands = [value, x] if first else [x, value]
+
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if quantizer is not None:
+            a, b = (quantizer(a), b) if first else (a, quantizer(b))
+        return ARITHMETIC[kind](a, b)
+
+    made = r.add(kind, node, operands, call=r.function(function))
+    r.constants[r.ops[-1].inputs[0 if first else 1]] = parameter
+    return made
 
 
 @reads("matmul", "bmm", "imatmul")

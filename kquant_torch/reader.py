@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op, Tensor, Weight
+from kquant_torch.constants import ConstantQuantizer
 from kquant_torch.trace import Described
 from kquant_torch.tracer import in_mode
 from kquant_torch.weights import WeightQuantizer
@@ -45,6 +46,7 @@ class Reader:
         self.tensors: dict[str, Tensor] = {}
         self.values: dict[fx.Node, Any] = {}  # tensor ids, in the structure that the node gives
         self.items: dict[str, fx.Node] = {}  # the node that takes a tensor from an op with several outputs
+        self.constants: dict[str, fx.Node] = {}  # the node of a constant operand that is an array
         self.data: set[fx.Node] = set()  # nodes whose tensors follow the model's inputs
         self._ids: Counter[str] = Counter()
         self._current: Name | None = None
@@ -332,5 +334,14 @@ def weight_quantizer(reader: Reader, node: Any) -> tuple[WeightQuantizer | None,
     if isinstance(node, fx.Node) and node.op == "call_module":
         module = reader.module(node)
         if isinstance(module, WeightQuantizer):
+            return module, node.args[0]
+    return None, node
+
+
+def constant_quantizer(reader: Reader, node: fx.Node) -> tuple[Any, fx.Node]:
+    """The quantizer that a constant operand comes from, if any, and the node of its values."""
+    if node.op == "call_module":
+        module = reader.module(node)
+        if isinstance(module, ConstantQuantizer):
             return module, node.args[0]
     return None, node

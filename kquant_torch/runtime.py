@@ -49,25 +49,6 @@ def mul(
   y = torch.add_(torch.mul_(y, factor), (zero_point << shift) + (1 << (shift - 1)))
   return torch.to(torch.clamp_(torch.bitwise_right_shift_(y, shift), low, high), 0)
 """)
-# `constant` is in units of 2^-shift output codes, with its sign; `sign` is that of x.
-_enter("""
-def add_constant(
-    x: Tensor, x_scale: float, x_zero_point: int, constant: Tensor, scale: float, zero_point: int, low: int,
-    high: int, sign: int, shift: int) -> Tensor:
-  factor = int(round(x_scale / scale * float(1 << shift))) * sign
-  offset = (zero_point << shift) + (1 << (shift - 1)) - x_zero_point * factor
-  y = torch.add_(torch.add(torch.mul_(torch.to(x, 3), factor), constant), offset)
-  return torch.to(torch.clamp_(torch.bitwise_right_shift_(y, shift), low, high), 0)
-""")
-# `factor` is what one code of x adds, in units of 2^-shift output codes.
-_enter("""
-def mul_constant(
-    x: Tensor, x_scale: float, x_zero_point: int, factor: Tensor, scale: float, zero_point: int, low: int,
-    high: int, shift: int) -> Tensor:
-  y = torch.mul(torch.sub(torch.to(x, 3), x_zero_point), factor)
-  y = torch.add_(y, (zero_point << shift) + (1 << (shift - 1)))
-  return torch.to(torch.clamp_(torch.bitwise_right_shift_(y, shift), low, high), 0)
-""")
 # The sum is exact in int32 up to 2^23 values; the factor of 2^-32 is exact to 2^-17 of the mean's own code.
 _enter("""
 def mean(

@@ -87,7 +87,6 @@ ONEDNN = Target(
     functions=frozenset(),
     fixed_kernels=False,
     requantize_by_kernel=False,
-    exact_constants=True,
     clamps=True,
     accumulator=Accumulator(),
 )

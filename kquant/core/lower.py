@@ -168,7 +168,7 @@ class Lowering:
     def _operand_float(self, tensor: str) -> str:
         state = self.states.get(tensor)
         if state is None or state.affine is None:
-            return tensor if state is None else state.tensor
+            return self._exact(tensor)
         name = f"{state.tensor}/float"
         if name not in self.tensors:
             op = IntOp(name, "dequantize", (state.tensor,), (name,))
@@ -246,9 +246,8 @@ class Lowering:
             self._function(stage, affine)
             return
         weight, attrs = None, op.attrs
-        exact = self.target.exact_constants and op.kind in ("add", "sub", "mul")
         bits = 16 if affine.bits == 16 else 8
-        inputs = tuple(self._exact(t) if exact else self._operand(t, bits) for t in stage.inputs)
+        inputs = tuple(self._operand(t, bits) for t in stage.inputs)
         if op.kind == "embedding":
             codes, scale = (np.asarray(a) for a in op.attrs["codes"]())
             check_finite(op, table=codes * scale)

@@ -32,8 +32,6 @@ class Target:
         functions: elementwise functions with a kernel of their own that keeps the contract; others are tables.
         fixed_kernels: whether sigmoid and tanh have kernels of their own.
         requantize_by_kernel: an identity depthwise kernel over the last axis requantizes; else a table.
-        exact_constants: a constant operand of a sum or product stays real, for the exporter to hold exactly; else it
-            is quantized like a tensor.
         clamps: every kernel clamps to a ReLU's limits and to the codes of a low-bit output; else clamp ops follow.
         accumulator: the limits of the kernels with weights.
     """
@@ -43,7 +41,6 @@ class Target:
     functions: frozenset[str]
     fixed_kernels: bool
     requantize_by_kernel: bool
-    exact_constants: bool
     clamps: bool
     accumulator: Accumulator
 
@@ -59,7 +56,6 @@ TFLITE = Target(
     functions=frozenset(NATIVE),
     fixed_kernels=True,
     requantize_by_kernel=True,
-    exact_constants=False,
     clamps=False,
     accumulator=Accumulator(bias_limit=2.0**30, smallest=2.0**-30, largest=2.0**8),
 )
