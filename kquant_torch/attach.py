@@ -17,8 +17,9 @@ from kquant.core.plan import Plan, Site, WeightSpec
 from kquant.core.weights import gain_shape, weight_formula
 from kquant_torch.constants import ConstantQuantizer
 from kquant_torch.fake_quantize import EMA_DECAY, FakeQuantize
+from kquant_torch.functions import norm_of
 from kquant_torch.kernels import layout
-from kquant_torch.norms import BATCH_NORMS
+from kquant_torch.norms import BATCH_NORMS, FreezableNorm, freezable
 from kquant_torch.read import Reading
 from kquant_torch.reader import Name
 from kquant_torch.root import HOLDER, become_quantized
@@ -36,6 +37,7 @@ class Builder:
         self.quantizers: dict[str, FakeQuantize] = {}
         self.keys: dict[str, str] = {}  # names in the holder, by spec
         self.names: Counter[str] = Counter()
+        self.axes: dict[str, tuple[int, ...] | None] = {}  # of kernels that share a scale, by op
         self.nodes = self._nodes_by_tensor()
         self.quantized: dict[str, fx.Node] = {}
         self.folded = _folded_norms(plan, self.model)
@@ -43,7 +45,7 @@ class Builder:
 
     def build(self) -> nn.Module:
         """The wrapped model: the model of the reading itself, changed."""
-        _check_weights(self.plan, self.model)
+        self.axes = _check_weights(self.plan, self.model)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         for tensor in self.graph.inputs:
             self._fake_quantize_tensor(tensor, by_integer=False)
@@ -167,6 +169,7 @@ class Builder:
     def _unique(self, name: str, keep: bool = False) -> str:
         if not keep:
             name = "".join(c if c.isalnum() else "_" for c in name)
+            name = f"{name}_" if hasattr(nn.Module, name) else name  # a layer of the user's called `float`
         self.names[name] += 1
         return name if self.names[name] == 1 else f"{name}_{self.names[name]}"
 
@@ -180,9 +183,14 @@ class Builder:
         if op.kind == "recurrent":
             _quantize_recurrent(self.model.get_submodule(str(node.target)), spec, op.layer)
         elif node.op == "call_module":
-            _quantize_layer(self.model.get_submodule(str(node.target)), spec, op, self.folded.get(op.id))
+            axes, norm = self._axes(op), self.folded.get(op.id)
+            _quantize_layer(self.model.get_submodule(str(node.target)), spec, op, axes, norm)
         else:
             self._weight_of_function(op, node, spec)
+
+    def _axes(self, op: Op) -> tuple[int, ...] | None:
+        spec = self.plan.weights[op.id]
+        return self.axes.get(op.id, op.attrs.get("kernel_axes") if spec.per_channel else None)
 
     def _weight_of_function(self, op: Op, node: fx.Node, spec: WeightSpec) -> None:
         if spec.gradient_bits:
@@ -194,7 +202,7 @@ class Builder:
             )
         weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
         key = self._unique(f"{op.id}_weight")
-        self.holder.add_module(key, made_quantizer(spec, op, self.folded.get(op.id)))
+        self.holder.add_module(key, made_quantizer(spec, op, self._axes(op), self.folded.get(op.id)))
         with self.code.inserting_before(node):
             quantized = self.code.call_module(f"{HOLDER}.{key}", (weight,))
         node.replace_input_with(weight, quantized)
@@ -216,6 +224,10 @@ class Builder:
     def _modules(self) -> None:
         """Batch norms that can be frozen, and no activation that overwrites a tensor which a quantizer still needs."""
         for node in self.code.nodes:
+            if node.op == "call_function" and node.target is norm_of:
+                module = self.model.get_submodule(str(node.args[0].target))
+                if not isinstance(module, FreezableNorm):
+                    module.__class__, module.frozen = freezable(type(module)), False
             if node.op != "call_module" or str(node.target).startswith(f"{HOLDER}."):
                 continue
             module = self.model.get_submodule(str(node.target))
@@ -252,12 +264,11 @@ def fixed_range(affine: Affine) -> tuple[float, float]:
     return low, high
 
 
-def made_quantizer(spec: WeightSpec, op: Op, norm: Any = None) -> WeightQuantizer:
-    """The weight quantizer of an op with one kernel, which may hold the batch norm behind it."""
-    axes = op.attrs.get("kernel_axes")
-    formula = weight_formula(spec.quantizer, spec.bits, axes if spec.per_channel else None, spec.largest)
+def made_quantizer(spec: WeightSpec, op: Op, axes: tuple[int, ...] | None, norm: Any = None) -> WeightQuantizer:
+    """The weight quantizer of an op with one kernel, whose `axes` share a scale, and which may hold a batch norm."""
+    formula = weight_formula(spec.quantizer, spec.bits, axes, spec.largest)
     view = op.weights["kernel"].shape
-    behind = None if norm is None else (norm, gain_shape(norm.num_features, view, axes))
+    behind = None if norm is None else (norm, gain_shape(norm.num_features, view, op.attrs["kernel_axes"]))
     return WeightQuantizer(formula, view, spec.gradient_bits, spec.start_step, op.layer, behind)
 
 
@@ -277,12 +288,12 @@ def _called(op: Op) -> str:
     return str(op.source.target) if op.source.op == "call_module" else f"function {op.id}"
 
 
-def _quantize_layer(module: Any, spec: WeightSpec, op: Op, norm: Any) -> None:
+def _quantize_layer(module: Any, spec: WeightSpec, op: Op, axes: tuple[int, ...] | None, norm: Any) -> None:
     if isinstance(module, tuple(QUANTIZED.values())):
         module.weight_quantizer.calls += 1  # called at several places: one weight spec
         return
     module.add_module(
-        "weight_quantizer", made_quantizer(spec, op, norm).to(module.weight.device).train(module.training)
+        "weight_quantizer", made_quantizer(spec, op, axes, norm).to(module.weight.device).train(module.training)
     )
     module.__class__ = QUANTIZED[type(module)]
 
@@ -302,29 +313,48 @@ def _quantize_recurrent(module: Any, spec: WeightSpec, name: str) -> None:
     module.__class__ = RECURRENT[type(module)]
 
 
-def _check_weights(plan: Plan, model: nn.Module) -> None:
-    """Finite parameters, and one spec for a parameter that several layers share."""
+def _check_weights(plan: Plan, model: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    """Finite parameters, and one spec for a parameter that several layers share.
+
+    Returns:
+        For each op with a quantized kernel, the axes that share a scale. A table that is a layer's kernel as well, as
+        in language models, has that kernel's: a scale per row.
+    """
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"parameter {name!r}", "finite weights", "NaN or infinity", "Repair the float model first")
-    specs: dict[int, tuple[str, WeightSpec | None]] = {}
+    users: dict[int, list[Op]] = {}
+    axes: dict[str, tuple[int, ...] | None] = {}
     for op in plan.graph.ops:
         parameter = _kernel_of(op, model)
-        if parameter is None:
-            continue
-        spec = plan.weights.get(op.id)
-        other, given = specs.setdefault(id(parameter), (op.layer, spec))
-        if _setting(given) != _setting(spec):
-            raise ConfigError(
-                "config_list",
-                f"layers {other!r} and {op.layer!r} share one parameter, so they must have the same weight settings",
-                f"{_setting(given)} and {_setting(spec)}",
-                "Match both in one entry",
-            )
+        if parameter is not None:
+            users.setdefault(id(parameter), []).append(op)
+    for ops in users.values():
+        first, *others = ops
+        kernels = [o for o in ops if o.kind != "embedding"]
+        for op in others:
+            _check_shared(first, op, plan)
+        for op in ops:
+            spec, source = plan.weights.get(op.id), op if op in kernels or not kernels else kernels[0]
+            per_channel = (plan.weights.get(source.id) or spec) if spec is not None else None
+            given = source.attrs.get("kernel_axes")
+            axes[op.id] = given if per_channel is not None and per_channel.per_channel else None
+    return axes
 
 
-def _setting(spec: WeightSpec | None) -> Any:
-    return "float" if spec is None else dataclasses.astuple(spec)[:3]
+def _check_shared(first: Op, op: Op, plan: Plan) -> None:
+    one, other = (_setting(plan.weights.get(o.id), "embedding" not in (first.kind, op.kind)) for o in (first, op))
+    if one != other:
+        raise ConfigError(
+            "config_list",
+            f"layers {first.layer!r} and {op.layer!r} share one parameter, so they must have the same weight settings",
+            f"{one} and {other}",
+            "Match both in one entry",
+        )
+
+
+def _setting(spec: WeightSpec | None, whole: bool) -> Any:
+    return "float" if spec is None else dataclasses.astuple(spec)[: 3 if whole else 2]
 
 
 def _kernel_of(op: Op, model: nn.Module) -> Any:

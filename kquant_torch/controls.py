@@ -13,7 +13,7 @@ from kquant.core.controls import Controlled, estimated_statistics, freeze_ranges
 from kquant.core.errors import ModelError
 from kquant_torch.data import arrays_of
 from kquant_torch.fake_quantize import quantizers_of
-from kquant_torch.norms import FreezableBatchNorm
+from kquant_torch.norms import FreezableNorm
 from kquant_torch.read import read
 
 
@@ -29,7 +29,7 @@ def controlled(qmodel: nn.Module) -> Controlled:
     if not quantizers:
         fix = "Call kquant_torch.wrap(model, example_inputs=x) first, and hand its result in"
         raise ModelError(f"model {type(qmodel).__name__!r}", "a wrapped model", "a model without quantizers", fix)
-    norms = [m for m in qmodel.modules() if isinstance(m, FreezableBatchNorm) and m.running_mean is not None]
+    norms = [m for m in qmodel.modules() if isinstance(m, FreezableNorm) and m.running_mean is not None]
     return Controlled(type(qmodel).__name__, [q for q in quantizers if q.fixed is None], norms)
 
 

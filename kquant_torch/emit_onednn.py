@@ -52,8 +52,10 @@ def convolution(
     window = [literal(list(v)) for v in (stride, padding, dilation)] + [literal(groups)]
     prepack = ", ".join([kernel, rest[0], *source[1:], *window, literal(shape)])
     made = e.pack(f"{op.id}/packed", f"ops.onednn.qconv_prepack({prepack})")
-    # Only the kernel of two spatial axes and no sum has a clamp; on codes it gives the same.
+    # Only the kernel of two spatial axes and no sum has a clamp, and that of three not even a ReLU; on codes a clamp
+    # gives the same.
     apart = needs_clamp(e, op) and (codes.ndim != 4 or len(op.inputs) > 1)
+    apart = apart or (codes.ndim == 5 and e.bounds(op)[0] > 0)
     if len(op.inputs) > 1:
         made = accumulating(e, op, source, [made, *rest], window, op.inputs[1])
     else:

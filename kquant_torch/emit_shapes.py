@@ -30,7 +30,7 @@ def _max_pool(e: Emitter, op: IntOp) -> str:
     window = [list(a[n]) for n in ("kernel_size", "stride", "padding", "dilation")]
     ceil = literal(bool(a["ceil_mode"]))
     if a["rank"] == 3:
-        return f"torch.max_pool3d({x}, {', '.join(map(literal, window))}, {ceil})"
+        return e.call("max_pool3d", x, *map(list, window), bool(a["ceil_mode"]))
     if a["rank"] == 2:
         return f"ops.quantized.max_pool2d({x}, {', '.join(map(literal, window))}, {ceil})"
     window = [[one, *v] for one, v in zip((1, 1, 0, 1), window, strict=True)]

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from kquant_torch.handlers import function_name
 from kquant_torch.trace import Described, Inputs, drop_unused, propagate
@@ -44,6 +47,15 @@ class Site:
         """An attribute by its path inside the module."""
         return fx.Proxy(self.node.graph.get_attr(self._inside(path)), self.tracer)
 
+    def constant(self, value: torch.Tensor) -> Any:
+        """A tensor that the rewriting makes: a buffer of the model that is not saved."""
+        count = 0
+        while hasattr(self.model, f"_constant_{count}"):
+            count += 1
+        first = next(iter([*self.model.parameters(), *self.model.buffers()]), value)
+        self.model.register_buffer(f"_constant_{count}", value.to(first.device), persistent=False)
+        return fx.Proxy(self.node.graph.get_attr(f"_constant_{count}"), self.tracer)
+
     def call(self, name: str, *args: Any) -> Any:
         """A call of a module inside the module."""
         nodes = tuple(a.node if isinstance(a, fx.Proxy) else a for a in args)
@@ -72,7 +84,7 @@ def expands(*names: str) -> Callable[[Expander], Expander]:
 
 def expand(model: nn.Module, code: fx.Graph, inputs: Inputs) -> None:
     """Rewrite all composites of a graph, in place, until none is left."""
-    from kquant_torch import expand_layers, expand_shapes  # noqa: F401  they enter their expanders
+    from kquant_torch import expand_layers, expand_norms, expand_pools, expand_shapes  # noqa: F401  they enter theirs
 
     found = [True]
     while any(found):
@@ -82,7 +94,7 @@ def expand(model: nn.Module, code: fx.Graph, inputs: Inputs) -> None:
 
 
 def _expand_node(model: nn.Module, node: fx.Node) -> bool:
-    expander = _expander(model, node)
+    expander = None if node._erased else _expander(model, node)
     if expander is None or not isinstance(node.meta.get("value"), (Described, tuple, list)):
         return False
     if any("value" not in n.meta for n in node.all_input_nodes):
@@ -94,6 +106,8 @@ def _expand_node(model: nn.Module, node: fx.Node) -> bool:
     with node.graph.inserting_before(node):
         try:
             result = expander(site, *args, **kwargs)
+            if result is None and node.op == "call_module" and not site.path:
+                result = _as_function(site, args, kwargs)
         except TypeError:
             result = None
     if result is None:
@@ -112,6 +126,17 @@ def _expander(model: nn.Module, node: fx.Node) -> Expander | None:
     if node.op in ("call_function", "call_method"):
         return FUNCTIONS.get(function_name(node))
     return None
+
+
+def _as_function(site: Site, args: Any, kwargs: Any) -> Any:
+    """A model that is itself one layer, as the function of that layer, since its code cannot call itself."""
+    from kquant_torch.read_modules import AS_FUNCTION
+
+    name, attributes = AS_FUNCTION.get(type(site.module), (None, ()))
+    if name is None:
+        return None
+    given = {a: getattr(site.module, a) for a in attributes}
+    return site.tracer.create_proxy("call_function", getattr(F, name), args, {**kwargs, **given})
 
 
 def _note_origin(part: fx.Node, node: fx.Node, site: Site) -> None:
@@ -139,7 +164,7 @@ def _replace(node: fx.Node, result: Any) -> None:
 
 
 def is_parameter(proxy: Any) -> bool:
-    """Whether a value is computed from parameters alone."""
+    """Whether a tensor is computed from parameters, buffers and constants; it may ask for the size of the batch."""
     if not isinstance(proxy, fx.Proxy):
         return False
     pending = [proxy.node]
@@ -147,5 +172,9 @@ def is_parameter(proxy: Any) -> bool:
         node = pending.pop()
         if node.op == "placeholder":
             return False
-        pending += node.all_input_nodes
+        pending += [n for n in node.all_input_nodes if "value" not in n.meta or _is_tensor(n)]
     return True
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return any(isinstance(v, Described) for v in pytree.tree_leaves(node.meta["value"]))

@@ -1,4 +1,4 @@
-"""Composite layers that compute: normalizations, products, attention."""
+"""Composite layers that compute: products, gates, attention."""
 
 from __future__ import annotations
 
@@ -10,95 +10,24 @@ import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
 
 from kquant_torch.expand import Site, expands, expands_module, is_parameter
-from kquant_torch.functions import channel_affine, reciprocal_root, scaled_softmax
+from kquant_torch.expand_norms import affine
+from kquant_torch.functions import scaled_softmax
+from kquant_torch.handlers import function_name
+from kquant_torch.modes import dropout_of
 from kquant_torch.trace import Described
-
-# -- normalizations -------------------------------------------------------------------------------------------------
-
-
-def _standardized(x: Any, dims: tuple[int, ...], epsilon: float, center: bool = True) -> Any:
-    centered = x - torch.mean(x, dims, keepdim=True) if center else x
-    variance = torch.mean(centered * centered, dims, keepdim=True)
-    return centered * _reciprocal_root(variance, epsilon)
-
-
-def _reciprocal_root(x: Any, epsilon: float) -> Any:
-    return x.tracer.create_proxy("call_function", reciprocal_root, (x, float(epsilon)), {})
-
-
-def _affine(x: Any, scale: Any, offset: Any, axis: int) -> Any:
-    if scale is None and offset is None:
-        return x
-    return x.tracer.create_proxy("call_function", channel_affine, (x, scale, offset, axis), {})
-
-
-def _layer_norm(site: Site, x: Any, normalized: Any, scale: Any, offset: Any, epsilon: float, center: bool) -> Any:
-    rank = len(site.shape(x))
-    dims = tuple(range(rank - len(normalized), rank))
-    y = _standardized(x, dims, epsilon, center)
-    if len(dims) == 1:
-        return _affine(y, scale, offset, rank - 1)
-    y = y if scale is None else y * scale
-    return y if offset is None else y + offset
-
-
-@expands_module(nn.LayerNorm)
-def _layer_norm_module(site: Site, input: Any) -> Any:
-    m = site.module
-    return _layer_norm(site, input, m.normalized_shape, site.parameter("weight"), site.parameter("bias"), m.eps, True)
-
-
-@expands("layer_norm")
-def _layer_norm_function(
-    site: Site, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Any:
-    return _layer_norm(site, input, normalized_shape, weight, bias, eps, True)
-
-
-@expands_module(nn.RMSNorm)
-def _rms_norm(site: Site, x: Any) -> Any:
-    m = site.module
-    epsilon = torch.finfo(torch.float32).eps if m.eps is None else m.eps
-    return _layer_norm(site, x, m.normalized_shape, site.parameter("weight"), None, epsilon, False)
-
-
-def _group_norm(site: Site, x: Any, groups: int, scale: Any, offset: Any, epsilon: float) -> Any:
-    shape = site.shape(x)
-    y = torch.reshape(x, (-1, groups, math.prod(shape[1:]) // groups))
-    return _affine(torch.reshape(_standardized(y, (2,), epsilon), (-1, *shape[1:])), scale, offset, 1)
-
-
-@expands_module(nn.GroupNorm)
-def _group_norm_module(site: Site, input: Any) -> Any:
-    m = site.module
-    return _group_norm(site, input, m.num_groups, site.parameter("weight"), site.parameter("bias"), m.eps)
-
-
-@expands("group_norm")
-def _group_norm_function(
-    site: Site, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Any:
-    return _group_norm(site, input, num_groups, weight, bias, eps)
-
-
-@expands_module(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def _instance_norm(site: Site, input: Any) -> Any:
-    m, rank = site.module, len(site.shape(input))
-    if m.track_running_stats:
-        return None
-    y = _standardized(input, tuple(range(2, rank)), m.eps)
-    return _affine(y, site.parameter("weight"), site.parameter("bias"), 1)
-
+from kquant_torch.tracer import NotTraceable
 
 # -- products -------------------------------------------------------------------------------------------------------
 
 
-@expands("matmul", "imatmul")
+@expands("matmul", "mm", "imatmul")
 def _matmul(site: Site, input: Any, other: Any) -> Any:
-    """A product with a matrix of parameters is a dense layer."""
-    if not is_parameter(other) or len(site.shape(other)) != 2:
-        return None
-    return F.linear(input, other.t())
+    """A product with a matrix of parameters is a dense layer; from the left, between two transposes."""
+    if is_parameter(other) and len(site.shape(other)) == 2 and not is_parameter(input):
+        return F.linear(input, other.t())
+    if is_parameter(input) and len(site.shape(input)) == 2 and not is_parameter(other) and len(site.shape(other)) > 2:
+        return torch.transpose(F.linear(torch.transpose(other, -1, -2), input), -1, -2)
+    return None
 
 
 @expands("addmm")
@@ -126,6 +55,8 @@ def _einsum(site: Site, equation: Any, *operands: Any) -> Any:
     if "." in subscripts or len(operands) != 2 or "->" not in subscripts:
         return None
     (a, b), out = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
+    if is_parameter(operands[0]):
+        a, b, operands = b, a, operands[::-1]
     shared = [c for c in a if c in b]
     batch, inner = [c for c in shared if c in out], [c for c in shared if c not in out]
     left, right = [c for c in a if c not in shared], [c for c in b if c not in shared]
@@ -154,7 +85,7 @@ def _bilinear(site: Site, input1: Any, input2: Any) -> Any:
     kernel = torch.reshape(torch.transpose(site.parameter("weight"), 1, 2), (out * second, first))
     rows = torch.reshape(F.linear(input1, kernel), (-1, *site.shape(input1)[1:-1], out, second))
     y = torch.sum(rows * torch.unsqueeze(input2, -2), -1)
-    return _affine(y, None, site.parameter("bias"), len(site.shape(input1)) - 1)
+    return affine(y, None, site.parameter("bias"), len(site.shape(input1)) - 1)
 
 
 @expands_module(nn.EmbeddingBag)
@@ -166,6 +97,37 @@ def _embedding_bag(site: Site, input: Any, offsets: Any = None, per_sample_weigh
     if m.padding_idx is not None or m.max_norm is not None:
         return None
     return reductions[m.mode](F.embedding(input, site.parameter("weight")), 1)
+
+
+# -- gates and extremes ---------------------------------------------------------------------------------------------
+
+
+@expands("glu")
+def _glu(site: Site, input: Any, dim: int = -1) -> Any:
+    """`a * sigmoid(b)` of the halves a and b."""
+    shape, at = site.shape(input), dim % len(site.shape(input))
+    if at == 0:
+        return None
+    half = [(slice(None),) * at + (slice(*part),) for part in ((0, shape[at] // 2), (shape[at] // 2, shape[at]))]
+    return input[half[0]] * torch.sigmoid(input[half[1]])
+
+
+@expands_module(nn.GLU)
+def _glu_module(site: Site, input: Any) -> Any:
+    return _glu(site, input, site.module.dim)
+
+
+@expands("max", "min")
+def _extreme(site: Site, input: Any, dim: Any = None, keepdim: bool = False, other: Any = None) -> Any:
+    """Of two tensors, or over an axis where nobody asks for the indices."""
+    largest = function_name(site.node) == "max"
+    second = other if isinstance(other, fx.Proxy) else dim if isinstance(dim, fx.Proxy) else None
+    if second is not None:
+        return (torch.maximum if largest else torch.minimum)(input, second)
+    if not isinstance(dim, int) or any(user.args[1] not in (0, "values") for user in site.node.users):
+        return None
+    found = (torch.amax if largest else torch.amin)(input, dim, keepdim=keepdim)
+    return {0: found, "values": found}
 
 
 # -- attention ------------------------------------------------------------------------------------------------------
@@ -184,9 +146,12 @@ def _sdpa(
     site: Site, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0,
     is_causal: bool = False, scale: Any = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
+    dropout = dropout_of(site.node)
     if attn_mask is not None or is_causal or enable_gqa or dropout_p != 0.0:
+        if dropout:
+            raise NotTraceable("an attention with a mask drops out weights in training only")
         return None
-    return _attention(query, key, value, site.shape(query)[-1] ** -0.5 if scale is None else scale)
+    return _attention(query, key, value, site.shape(query)[-1] ** -0.5 if scale is None else scale, dropout)
 
 
 @expands_module(nn.MultiheadAttention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import fx, nn
 
 from kquant_torch.expand import Site, expands, expands_module, is_parameter
 from kquant_torch.handlers import function_name
+from kquant_torch.trace import Described
+
+MOVES = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 # -- shapes ---------------------------------------------------------------------------------------------------------
 
@@ -21,8 +25,11 @@ def _split(site: Site, input: Any, *args: Any, **kwargs: Any) -> Any:
     parts = site.node.meta["value"]
     rank, is_unbind = len(site.shape(input)), function_name(site.node) == "unbind"
     at = kwargs.get("dim", args[0 if is_unbind else 1] if len(args) > (0 if is_unbind else 1) else 0) % rank
-    if any(u.target is not operator.getitem for u in site.node.users) or at == 0:
+    if any(u.target is not operator.getitem for u in site.node.users):
         return None
+    if at == 0:
+        found = [_taken(site, input, i) for i in range(len(parts))] if is_unbind else [None]
+        return None if any(part is None for part in found) else found
     found, start = [], 0
     for part in parts:
         size = 1 if is_unbind else part.shape[at]
@@ -31,6 +38,47 @@ def _split(site: Site, input: Any, *args: Any, **kwargs: Any) -> Any:
         found.append(input[tuple(key)])
         start += size
     return found
+
+
+def _taken(site: Site, x: Any, index: int) -> Any:
+    """Item `index` on axis 0 of a tensor whose axes were moved so that the batch lies elsewhere: taken before that."""
+    node = x.node
+    name, source = function_name(node), node.args[0] if node.args else None
+    if name not in MOVES or not isinstance(source, fx.Node) or not isinstance(source.meta.get("value"), Described):
+        return None
+    rank = len(source.meta["value"].shape)
+    probe = torch.empty(tuple(range(2, 2 + rank)))  # distinct sizes show where each axis goes
+    dims = [size - 2 for size in getattr(probe, name)(*node.args[1:], **node.kwargs).shape]
+    if dims[0] == 0 or dims[1] != 0:
+        return None
+    key = (*[slice(None)] * dims[0], index)
+    rest = [d - (d > dims[0]) for d in dims[1:]]
+    return torch.permute(fx.Proxy(source, site.tracer)[key], rest)
+
+
+@expands("getitem")
+def _item_of_moved(site: Site, input: Any, key: Any) -> Any:
+    first, *rest = key if isinstance(key, tuple) else (key,)
+    if not isinstance(first, int) or not isinstance(input.node.meta.get("value"), Described):
+        return None
+    found = _taken(site, input, first)
+    return found if found is None or not rest else found[tuple(rest)]
+
+
+@expands("sum", "mean")
+def _over_a_stack(site: Site, input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None) -> Any:
+    """A sum or mean over tensors that were stacked before the batch."""
+    node = input.node
+    at = dim if axis is None else axis
+    if function_name(node) != "stack" or at not in (0, (0,), [0]) or keepdim:
+        return None
+    if (node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) != 0:
+        return None
+    tensors = [fx.Proxy(n, site.tracer) for n in node.args[0]]
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total if function_name(site.node) == "sum" else total * (1.0 / len(tensors))
 
 
 @expands("stack")
@@ -83,29 +131,97 @@ def _channel_shuffle_module(site: Site, input: Any) -> Any:
     return _channel_shuffle(site, input, site.module.groups)
 
 
+# -- constants beside what is computed ------------------------------------------------------------------------------
+
+
 @expands("cat", "concat", "concatenate")
 def _concat_with_parameter(site: Site, tensors: Any, dim: int = 0) -> Any:
-    """A class token before the patches: zeros in its place, and then a sum with a constant that holds it there."""
-    tokens = [_one_sample(site, t) for t in tensors]
-    fixed = [i for i, t in enumerate(tokens) if t is not None]
-    if len(tensors) != 2 or len(fixed) != 1 or dim % len(site.shape(tensors[0])) == 0:
-        return None
-    (before,) = fixed
-    x, token = tensors[1 - before], tokens[before]
-    rank = len(site.shape(x))
+    """Class tokens, coordinates: zeros in their place, and then a sum with a constant that holds them there."""
+    rank = len(site.shape(tensors[0]))
     at = dim % rank
-    amounts = [0] * (2 * rank)
-    amounts[2 * (rank - 1 - at) + before] = site.shape(token)[at]
-    sizes = tuple(1 if i == 0 else n for i, n in enumerate(site.shape(x)))
-    zeros = token.new_zeros(sizes)
-    held = torch.cat([token, zeros] if before == 0 else [zeros, token], at)
-    return F.pad(x, amounts) + held
+    blocks = [_one_sample(site, t) for t in tensors]
+    data = [i for i, block in enumerate(blocks) if block is None]
+    if at == 0 or not data or len(data) == len(tensors):
+        return None
+    sizes = [site.shape(t)[at] for t in tensors]
+    padded = []
+    for place, i in enumerate(data):
+        before = sum(sizes[:i]) if place == 0 else 0
+        last = data[place + 1] if place + 1 < len(data) else len(tensors)
+        amounts = [0] * (2 * (rank - 1 - at)) + [before, sum(sizes[i + 1 : last])]
+        padded.append(F.pad(tensors[i], amounts) if any(amounts) else tensors[i])
+    example = next(block for block in blocks if block is not None)
+    held = []
+    for tensor, block in zip(tensors, blocks, strict=True):
+        shape = (1, *site.shape(tensor)[1:])
+        held.append(example.new_zeros(shape) if block is None else block.expand(shape))
+    return (padded[0] if len(padded) == 1 else torch.cat(padded, at)) + torch.cat(held, at)
 
 
 def _one_sample(site: Site, proxy: Any) -> Any:
-    """A tensor of parameters with one sample, before it was expanded to the batch; None for any other."""
-    if isinstance(proxy, fx.Proxy) and function_name(proxy.node) in ("expand", "repeat", "tile"):
-        source = proxy.node.args[0]
-        if source.meta["value"].shape[1:] == proxy.node.meta["value"].shape[1:]:
-            proxy = fx.Proxy(source, site.tracer)
-    return proxy if is_parameter(proxy) and site.shape(proxy)[0] == 1 else None
+    """A tensor of parameters for one sample, before it was expanded to the batch; None for any other."""
+    if not is_parameter(proxy):
+        return None
+    if function_name(proxy.node) in ("expand", "repeat", "tile"):
+        node = proxy.node
+        sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        if isinstance(sizes[0], fx.Node) and len(sizes) == len(site.shape(proxy)):
+            rest = [fx.Proxy(n, site.tracer) if isinstance(n, fx.Node) else n for n in sizes[1:]]
+            proxy = getattr(fx.Proxy(node.args[0], site.tracer), node.target)(1, *rest)
+            return proxy if node.args[0].meta["value"].shape[0] == 1 else None
+        if site.shape(fx.Proxy(node.args[0], site.tracer))[1:] == site.shape(proxy)[1:]:
+            proxy = fx.Proxy(node.args[0], site.tracer)
+    return proxy if site.shape(proxy)[0] == 1 else None
+
+
+# -- borders and rings ----------------------------------------------------------------------------------------------
+
+
+@expands("pad")
+def _pad(site: Site, input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+    """A border of another value than zero is a sum; one that repeats the image is gathered; a negative one is cut."""
+    shape, rank = site.shape(input), len(site.shape(input))
+    if not all(isinstance(n, int) for n in pad) or len(pad) // 2 >= rank:
+        return None
+    sides = {rank - 1 - i: (pad[2 * i], pad[2 * i + 1]) for i in range(len(pad) // 2)}
+    if mode in ("replicate", "circular"):
+        for axis, (low, high) in sides.items():
+            places = torch.arange(-low, shape[axis] + high)
+            places = places % shape[axis] if mode == "circular" else places.clamp(0, shape[axis] - 1)
+            input = torch.index_select(input, axis, site.constant(places)) if low or high else input
+        return input
+    if mode != "constant" or not isinstance(value or 0, (int, float)) or not math.isfinite(value or 0):
+        return None
+    if min(pad) < 0:
+        cuts = [slice(None)] * rank
+        for axis, (low, high) in sides.items():
+            cuts[axis] = slice(max(-low, 0), shape[axis] + min(high, 0))
+        return F.pad(input[tuple(cuts)], [max(n, 0) for n in pad], value=float(value or 0.0))
+    if not value or not any(pad):
+        return None
+    border = F.pad(torch.zeros(1, *shape[1:]), list(pad), value=1.0) * value
+    return F.pad(input, list(pad)) + site.constant(border)
+
+
+@expands_module(
+    nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
+    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
+)  # fmt: skip
+def _pad_module(site: Site, input: Any) -> Any:
+    name = type(site.module).__name__
+    mode = {"R": "replicate", "C": "circular"}[name[0]] if not name.startswith("Constant") else "constant"
+    return _pad(site, input, site.module.padding, mode, getattr(site.module, "value", None))
+
+
+@expands("roll")
+def _roll(site: Site, input: Any, shifts: Any, dims: Any = None) -> Any:
+    if dims is None:
+        return None
+    pairs = [(shifts, dims)] if isinstance(dims, int) else list(zip(shifts, dims, strict=True))
+    shape = site.shape(input)
+    if any(d % len(shape) == 0 or not isinstance(n, int) for n, d in pairs):
+        return None
+    for shift, dim in pairs:
+        places = torch.roll(torch.arange(shape[dim]), shift)
+        input = torch.index_select(input, dim % len(shape), site.constant(places))
+    return input

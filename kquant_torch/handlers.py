@@ -73,6 +73,6 @@ def _module(r: Reader, node: fx.Node) -> Any:
 
 def opaque(r: Reader, node: fx.Node, reason: str) -> Any:
     """An op that can only stay float."""
-    operands = [n for n in node.all_input_nodes if r.is_data(n)]
+    operands = [n for n in node.all_input_nodes if r.is_data(n) and isinstance(r.values[n], str)]
     place = {"where": node.meta["where"]} if "where" in node.meta else {}
     return r.add("opaque", node, operands, {"reason": reason, **place})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
@@ -17,8 +20,8 @@ def batch_affine(module: nn.Module, mean: np.ndarray, variance: np.ndarray) -> t
     return scale, (0.0 if bias is None else bias) - mean * scale
 
 
-class FreezableBatchNorm(Stateful):
-    """Torch's batch norm whose statistics can stand still in training. Mixed in before torch's class.
+class FreezableNorm(Stateful):
+    """A batch norm whose statistics can stand still in training. Mixed in before its class.
 
     While `frozen`, training normalizes by the running statistics, as evaluation does, and leaves them as they are.
     """
@@ -48,12 +51,35 @@ class FreezableBatchNorm(Stateful):
         """Scale and offset per channel with these statistics, float64."""
         return batch_affine(self, mean, variance)
 
+
+class FreezableBatchNorm(FreezableNorm):
+    """Torch's own layers as such."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Torch's function, with the running statistics if they are frozen."""
         if not (self.frozen and self.training):
             return super().forward(x)
         self._check_input_dim(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+class _OwnForward(FreezableNorm):
+    """A batch norm of the user's, whose forward does more: the model's code calls `functions.norm_of` for it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (type(self).float_class,), self.__getstate__()
+
+
+@functools.cache
+def freezable(cls: type) -> type:
+    """The subclass of a user's batch norm whose statistics can stand still."""
+    body = {"float_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(f"Quantized{cls.__name__}", (_OwnForward, cls), body)
+
+
+def _empty(cls: type) -> Any:
+    made = freezable(cls)
+    return made.__new__(made)
 
 
 class QuantizedBatchNorm1d(FreezableBatchNorm, nn.BatchNorm1d):

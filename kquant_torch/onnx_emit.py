@@ -193,13 +193,22 @@ def _conv(e: OnnxEmitter, op: IntOp) -> str:
 @writes("conv2d_transpose")
 def _transposed(e: OnnxEmitter, op: IntOp) -> str:
     assert op.weight is not None
-    a = op.attrs
-    if a["groups"] > 1:  # the scales of a group's channels have no axis in this layout
-        raise UnsupportedError(f"op {op.id!r}", "a transposed convolution of one group", f"{a['groups']} groups")
-    kernel, bias = e.weight(op, op.weight.codes, 1)
+    a, codes = op.attrs, op.weight.codes
+    if a["groups"] == 1:
+        kernel, bias = e.weight(op, codes, 1)
+    else:  # the output channels of all groups lie on one axis while they are scaled, and then on two
+        count, inside, outside, *window = codes.shape
+        rows = codes.swapaxes(1, 2).reshape(count * outside, inside, *window)
+        scaled, bias = e.weight(op, rows, 0)
+        shape = e.ints(f"{op.id}/kernel/groups", [count, outside, inside, *window])
+        apart = e.node("Reshape", [scaled, shape], f"{op.id}/kernel/apart")
+        order = [0, 2, 1, *range(3, 3 + len(window))]
+        moved = e.node("Transpose", [apart], f"{op.id}/kernel/moved", perm=order)
+        whole = e.ints(f"{op.id}/kernel/shape", [count * inside, outside, *window])
+        kernel = e.node("Reshape", [moved, whole], f"{op.id}/kernel/whole")
     window = {
         "strides": a["stride"], "dilations": a["dilation"], "pads": [*a["padding"], *a["padding"]],
-        "output_padding": a["output_padding"],
+        "output_padding": a["output_padding"], "group": a["groups"],
     }  # fmt: skip
     return e.quantized(op, e.node("ConvTranspose", [e.real(op.inputs[0]), kernel, bias], f"{op.id}/sum", **window))
 

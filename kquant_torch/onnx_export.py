@@ -144,7 +144,7 @@ class OnnxFile:
 
     def _found(self, op: IntOp) -> Found:
         codes = self.arrays[f"{op.id}/kernel"]
-        if op.kind == "conv2d_transpose":
+        if op.kind == "conv2d_transpose" and op.attrs["groups"] == 1:
             codes = codes.swapaxes(0, 1)
         unit = self.arrays[f"{op.id}/bias/scale"].astype(np.float64)
         bias = self.arrays[f"{op.id}/bias"] * unit

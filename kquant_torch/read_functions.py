@@ -24,7 +24,8 @@ def read_unknown(r: Reader, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
     if len(operands) != 1 or not isinstance(r.values[operands[0]], str):
         raise Refused(f"the function {name!r} has no integer form")
     (x,) = operands
-    same = getattr(node.meta["value"], "shape", None) == x.meta["value"].shape
+    value = node.meta["value"]
+    same = getattr(value, "shape", None) == x.meta["value"].shape and value.dtype == torch.float32
     call = r.caller(node, operands)
     if not same or not is_elementwise(lambda values: call([values])[0]):
         raise Refused(f"the function {name!r} has no integer form")
@@ -156,7 +157,10 @@ def _binary(r: Reader, node: fx.Node, kind: str, a: Any, b: Any, alpha: Any = 1)
     x, constant = (b, a) if first else (a, b)
     if r.is_parametric(constant):
         return _with_parameter(r, node, kind, x, constant, first)
-    value = np.asarray(r.constant_of(constant), np.float32)
+    number = r.constant_of(constant)
+    if number == {"add": 0, "mul": 1}.get(kind):  # the beginning of a sum over a list
+        return _identity(r, node, x)
+    value = np.asarray(number, np.float32)
     return _with_constant(r, node, kind, x, value.reshape(value.shape or (1,)), first)
 
 
@@ -210,7 +214,7 @@ def _with_array(r: Reader, node: fx.Node, kind: str, x: fx.Node, parameter: fx.N
     return made
 
 
-@reads("matmul", "bmm", "imatmul")
+@reads("matmul", "bmm", "mm", "imatmul")
 def _matmul(r: Reader, node: fx.Node, input: Any, other: Any) -> Any:
     if not (r.is_data(input) and r.is_data(other)):
         raise Refused("a product with a constant matrix has no integer form; use nn.Linear")
@@ -260,6 +264,16 @@ def _elu(r: Reader, node: fx.Node, input: Any, alpha: float = 1.0, inplace: bool
 @reads("reciprocal_root")
 def _reciprocal_root(r: Reader, node: fx.Node, x: Any, epsilon: float, factor: float = 1.0) -> Any:
     return r.add("elementwise", node, [x], {"fn": "rsqrt"})
+
+
+@reads("of_shifted")
+def _of_shifted(r: Reader, node: fx.Node, x: Any, offset: float, function: str) -> Any:
+    return r.add("elementwise", node, [x], {"fn": function})
+
+
+@reads("root")
+def _root(r: Reader, node: fx.Node, x: Any) -> Any:
+    return r.add("elementwise", node, [x], {"fn": "sqrt"})
 
 
 @reads("softmax", "softmin")

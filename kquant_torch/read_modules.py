@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from kquant.core.elementwise import is_elementwise
 from kquant.core.graph import Weight
 from kquant_torch.fake_quantize import FakeQuantize
-from kquant_torch.handlers import FUNCTIONS, opaque, reads_module
+from kquant_torch.handlers import FUNCTIONS, opaque, reads, reads_module
 from kquant_torch.kernels import read_layer
-from kquant_torch.norms import BATCH_NORMS, batch_affine
+from kquant_torch.norms import BATCH_NORMS, FreezableNorm, batch_affine
 from kquant_torch.read_functions import add_relu
 from kquant_torch.reader import Reader, Refused
 from kquant_torch.weights import QUANTIZED, RECURRENT
@@ -115,8 +115,34 @@ def _batch_norm(r: Reader, node: fx.Node, module: Any, input: Any) -> Any:
 
     size = (module.num_features,)
     weights = {"scale": Weight(size, lambda: affine()[0]), "offset": Weight(size, lambda: affine()[1])}
-    attrs = {"axis": 1, "normalizes": True, **({"batch_norm": module} if type(module) not in BATCH_NORMS else {})}
+    own = {"batch_norm": module} if isinstance(module, FreezableNorm) else {}
+    attrs = {"axis": 1, "normalizes": node.op == "call_module", **own}
     return r.add("channel_affine", node, [input], attrs, weights=weights)
+
+
+@reads("norm_of")
+def _norm_of(r: Reader, node: fx.Node, module: fx.Node, x: Any) -> Any:
+    return _batch_norm(r, node, r.model.get_submodule(str(module.target)), x)
+
+
+@reads("batch_norm")
+def _batch_norm_function(
+    r: Reader, node: fx.Node, input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """With statistics that stand still: a scale and an offset per channel."""
+    if training or not (r.is_parametric(running_mean) and r.is_parametric(running_var)):
+        raise Refused("batch norm by the statistics of the batch has no integer form")
+
+    def affine() -> tuple[np.ndarray, np.ndarray]:
+        given = (running_mean, running_var, weight, bias)
+        mean, variance, gamma, beta = (None if n is None else r.parameter(n).astype(np.float64) for n in given)
+        scale = (1.0 if gamma is None else gamma) / np.sqrt(variance + eps)
+        return scale, (0.0 if beta is None else beta) - mean * scale
+
+    size = tuple(running_mean.meta["value"].shape)
+    weights = {"scale": Weight(size, lambda: affine()[0]), "offset": Weight(size, lambda: affine()[1])}
+    return r.add("channel_affine", node, [input], {"axis": 1}, weights=weights)
 
 
 # -- markers of a wrapped model -------------------------------------------------------------------------------------
@@ -174,6 +200,9 @@ AS_FUNCTION: dict[type, tuple[str, tuple[str, ...]]] = {
     nn.AdaptiveMaxPool1d: ("adaptive_max_pool1d", ("output_size", "return_indices")),
     nn.AdaptiveMaxPool2d: ("adaptive_max_pool2d", ("output_size", "return_indices")),
     nn.AdaptiveMaxPool3d: ("adaptive_max_pool3d", ("output_size", "return_indices")),
+    nn.ConstantPad1d: ("pad", ("padding", "value")),
+    nn.ConstantPad2d: ("pad", ("padding", "value")),
+    nn.ConstantPad3d: ("pad", ("padding", "value")),
     nn.Flatten: ("flatten", ("start_dim", "end_dim")),
     nn.Unflatten: ("unflatten", ("dim", "unflattened_size")),
     nn.Upsample: ("interpolate", ("size", "scale_factor", "mode", "align_corners")),

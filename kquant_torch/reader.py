@@ -251,10 +251,10 @@ class Reader:
         if not any(n in self.data for n in node.all_input_nodes):
             return
         self.data.add(node)
-        if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[1], int):
-            given = self.values[node.args[0]]
-            if not isinstance(given, str):
-                self._item(node, given[node.args[1]])
+        if node.op == "call_function" and node.target in (operator.getitem, getattr):
+            given, key = self.values.get(node.args[0]), node.args[1]
+            if not isinstance(given, str) and isinstance(key, (int, str)):
+                self._item(node, getattr(given, key) if isinstance(key, str) else given[key])
                 return
         self._current = self._named(node)
         self.names.append(self._current)

@@ -143,6 +143,22 @@ def pack_linear(
   weight = torch._make_per_channel_quantized_tensor(kernel, kernel_scale, zero_points, 0)
   return ops.quantized.linear_prepack(weight, bias)
 """)
+# torch.max_pool3d asks of uint8 that the size of an image fits it; the maximum over depth is one of its own.
+_enter("""
+def max_pool3d(
+    x: Tensor, window: List[int], stride: List[int], padding: List[int], dilation: List[int],
+    ceil_mode: bool) -> Tensor:
+  size = torch.size(x)
+  slices = torch.reshape(x, [size[0], size[1] * size[2], size[3], size[4]])
+  y = ops.quantized.max_pool2d(
+    slices, [window[1], window[2]], [stride[1], stride[2]], [padding[1], padding[2]], [dilation[1], dilation[2]],
+    ceil_mode)
+  rows = torch.size(y, 2)
+  columns = torch.size(y, 3)
+  z = torch.reshape(y, [size[0], size[1], size[2], rows * columns])
+  w = ops.quantized.max_pool2d(z, [window[0], 1], [stride[0], 1], [padding[0], 0], [dilation[0], 1], ceil_mode)
+  return torch.reshape(w, [size[0], size[1], torch.size(w, 2), rows, columns])
+""")
 # Zeros between the elements, which are zero points: what turns a transposed convolution into an ordinary one.
 _enter("""
 def spread(x: Tensor, x_zero_point: int, stride: List[int], before: List[int], after: List[int]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from kquant.core.errors import ModelError
+from kquant_torch.modes import follow_mode
 from kquant_torch.tracer import NotTraceable, Tracer, in_mode, larger
 
 VIEWS = frozenset(
@@ -78,6 +79,7 @@ def trace(model: nn.Module, inputs: Inputs) -> tuple[fx.Graph, frozenset[str]]:
     try:
         with in_mode(model, True):
             other = _trace_once(model, inputs, names, constants)[0]
+        follow_mode(model, graph, other)
         _check_same(graph, other)
     except NotTraceable as error:
         for name in constants:

@@ -49,7 +49,7 @@ class _Known:
     node: fx.Node
 
     def __len__(self) -> int:
-        return self.tracer.number(self.node, len)
+        return self.tracer.count(self.node)
 
     def __index__(self) -> int:
         return self.tracer.number(self.node, lambda v: v.__index__())
@@ -190,12 +190,14 @@ class Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator:
         """The items of a split or a shape, as many as on the example inputs."""
-        if not self.examples:
-            return super().iter(obj)
-        counts = {len(run[obj.node]) for run in self._evaluated()}
-        if len(counts) > 1:
-            raise NotTraceable("it iterates over the samples of a batch")
-        return iter([obj[i] for i in range(counts.pop())])
+        return iter([obj[i] for i in range(self.count(obj.node))]) if self.examples else super().iter(obj)
+
+    def count(self, node: fx.Node) -> int:
+        """The number of parts of a split, of axes in a shape, of items on the first axis of a tensor."""
+        counts = {len(run[node]) if hasattr(run[node], "__len__") else -1 for run in self._evaluated()}
+        if len(counts) != 1 or -1 in counts:
+            raise NotTraceable("it iterates over the samples of a batch, or over what has no length")
+        return counts.pop()
 
     def number(self, node: fx.Node, kind: Callable) -> Any:
         """A symbolic number, which depends on nothing but sizes and is the same for every batch size.

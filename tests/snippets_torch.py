@@ -58,6 +58,51 @@ def vector(size: int, at: float = 1.0) -> nn.Parameter:
     return nn.Parameter(torch.linspace(0.5, at + 1, size))
 
 
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with its activation, as image model libraries have it."""
+
+    def forward(self, x):
+        factor = 0.0
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+            factor = self.momentum
+        own = not self.training or self.track_running_stats
+        y = F.batch_norm(
+            x, self.running_mean if own else None, self.running_var if own else None, self.weight, self.bias,
+            self.training or self.running_mean is None, factor, self.eps,
+        )  # fmt: skip
+        return F.relu(y)
+
+
+class DroppedAttention(nn.Module):
+    """An attention that drops out weights while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.p = nn.Linear(8, 24), 0.25
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.0)
+
+
+class Tied(nn.Module):
+    """A table of embeddings that is the last layer's kernel as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+        self.out.weight = self.table.weight
+
+    def forward(self, x):
+        return self.out(self.table(x))
+
+
+def attended(q, k, v):
+    """Attention from its parts, written out."""
+    return (q * 0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
 def added(pair):
     a, b = pair
     return a + b
@@ -195,6 +240,39 @@ LAYERS = {
         image,
         ["conv2d", *["reshape", "transpose", "reshape"] * 2],
     ),
+    "norm with activation": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), NormAct(4)),
+        image,
+        ["conv2d", "channel_affine", "relu"],
+    ),
+    "attention with dropout": (
+        DroppedAttention,
+        tokens,
+        ["dense", "batch_matmul", "softmax", "identity", "batch_matmul"],
+    ),
+    "tied embedding": (Tied, lambda: torch.randint(0, 10, (3, 4)), ["embedding", "dense"]),
+    "glu layer": (lambda: nn.Sequential(nn.Linear(6, 8), nn.GLU()), rows, ["dense", "sigmoid", "mul"]),
+    "log softmax layer": (lambda: nn.Sequential(nn.Linear(6, 4), nn.LogSoftmax(-1)), rows, ["dense", "sub", "sub"]),
+    "max pool 3d": (
+        lambda: nn.Sequential(nn.Conv3d(2, 3, 1), nn.MaxPool3d((3, 2, 2), (2, 2, 2), (1, 0, 0), ceil_mode=True)),
+        lambda: torch.randn(2, 2, 7, 9, 9),
+        ["conv2d", "max_pool2d"],
+    ),
+    "average layer without padding": (
+        lambda: nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        image,
+        ["pad", "avg_pool2d", "mul"],
+    ),
+    "adaptive layers of unlike windows": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.AdaptiveMaxPool2d((5, 8)), nn.AdaptiveAvgPool2d(3)),
+        image,
+        ["gather", "max_pool2d", "avg_pool2d"],
+    ),
+    "pads by layer": (
+        lambda: nn.Sequential(nn.ReplicationPad2d(1), nn.ConstantPad2d((0, 1, 2, 0), 3.5), nn.CircularPad2d(2)),
+        image,
+        ["gather", "gather", "pad", "add", "gather", "gather"],
+    ),
     "channel shuffle": (
         lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ChannelShuffle(2)),
         image,
@@ -240,8 +318,11 @@ FUNCTIONS = {
     "x += y": one(lambda m, x: operator.iadd(m.c(x), x), ["conv2d", "add"], **_CONV),
     "x - y": one(lambda m, x: m.c(x) - x, ["conv2d", "sub"], **_CONV),
     "x * y": one(lambda m, x: m.c(x) * torch.sigmoid(x), ["conv2d", "sigmoid", "mul"], **_CONV),
-    "x / y": one(
-        lambda m, x: m.c(x) / (x.abs() + 1.0), ["conv2d", "elementwise", "add", "elementwise", "mul"], **_CONV
+    "x / y": one(lambda m, x: m.c(x) / (x.abs() + 1.0), ["conv2d", "elementwise", "elementwise", "mul"], **_CONV),
+    "x / sqrt(y + e)": one(
+        lambda m, x: m.c(x) / torch.sqrt(x.mean(1, keepdim=True).square() + 1e-6),
+        ["conv2d", "mean", "mul", "elementwise", "mul"],
+        **_CONV,
     ),
     "scalars": one(lambda m, x: 2.0 - (m.c(x) * 3 + 1) / 4, ["conv2d", "mul", "add", "mul", "sub"], **_CONV),
     "1 / x": one(lambda m, x: 1.0 / (m.c(x).abs() + 1.0), ["conv2d", "elementwise", "add", "elementwise"], **_CONV),
@@ -350,6 +431,112 @@ FUNCTIONS = {
         ["dense", "mean", "sub", "mul", "mean", "elementwise", "mul"],
         tokens,
         l=lambda: nn.Linear(8, 8),
+    ),
+    "qkv unbound": one(
+        lambda m, x: attended(*m.l(x).reshape(x.shape[0], 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)),
+        ["dense", "reshape", *["strided_slice", "transpose"] * 3, "batch_matmul", "softmax", "batch_matmul"],
+        tokens,
+        l=lambda: nn.Linear(8, 24),
+    ),
+    "qkv by items": one(
+        lambda m, x: attended(*(m.l(x).view(-1, 5, 3, 8).movedim(2, 0)[i] for i in range(3))),
+        ["dense", "reshape", *["strided_slice", "transpose"] * 3, "batch_matmul", "softmax", "batch_matmul"],
+        tokens,
+        l=lambda: nn.Linear(8, 24),
+    ),
+    "max over an axis": one(
+        lambda m, x: m.c(x).max(dim=1, keepdim=True).values + torch.min(m.c(x), 1, True)[0],
+        ["reduce_max", "reduce_min", "add"],
+        **_CONV,
+    ),
+    "max of two": one(
+        lambda m, x: torch.max(m.c(x), x) + torch.min(x, m.n),
+        ["maximum", "elementwise", "add"],
+        c=_CONV["c"],
+        n=lambda: torch.tensor(0.37),
+    ),
+    "glu": one(lambda m, x: F.glu(m.c(x), 1), ["strided_slice", "strided_slice", "sigmoid", "mul"], **_CONV),
+    "normalize": one(lambda m, x: F.normalize(m.c(x), dim=1), ["mul", "sum", "elementwise", "mul"], **_CONV),
+    "norm": one(lambda m, x: torch.norm(m.c(x), dim=(2, 3)), ["mul", "sum", "elementwise"], **_CONV),
+    "linalg norm": one(lambda m, x: torch.linalg.vector_norm(m.c(x), dim=1), ["mul", "sum", "elementwise"], **_CONV),
+    "var": one(lambda m, x: m.c(x).var(1, unbiased=False, keepdim=True), ["mean", "sub", "mul", "mean"], **_CONV),
+    "std": one(lambda m, x: torch.std(m.c(x), (2, 3)), ["mean", "sub", "mul", "mean", "mul", "elementwise"], **_CONV),
+    "log_softmax": one(
+        lambda m, x: F.log_softmax(m.l(x), dim=1),
+        ["dense", "reduce_max", "sub", "elementwise", "sum", "elementwise", "sub"],
+        rows,
+        l=lambda: nn.Linear(6, 4),
+    ),
+    "F.rms_norm": one(
+        lambda m, x: F.rms_norm(m.l(x), (8,), m.w),
+        ["mul", "mean", "elementwise", "mul", "channel_affine"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        w=lambda: vector(8),
+    ),
+    "roll": one(lambda m, x: torch.roll(m.c(x), (-3, 1), (2, 3)), ["gather", "gather"], **_CONV),
+    "pad replicated": one(lambda m, x: F.pad(m.c(x), (1, 2, 0, 1), mode="replicate"), ["gather", "gather"], **_CONV),
+    "pad circular": one(lambda m, x: F.pad(m.c(x), (1, 2, 0, 0), mode="circular"), ["gather"], **_CONV),
+    "pad with a value": one(lambda m, x: F.pad(m.c(x), (1, 1), value=-7.3), ["pad", "add"], **_CONV),
+    "pad by less": one(lambda m, x: F.pad(m.c(x), (-1, 2, 0, -2)), ["strided_slice", "pad"], **_CONV),
+    "cat with constants": one(
+        lambda m, x: torch.cat([m.o.expand(x.size(0), -1, 8, 8), m.c(x), m.t.expand(x.shape[0], 2, 8, 8), x], 1),
+        ["pad", "concat", "add"],
+        c=_CONV["c"],
+        o=lambda: torch.linspace(-2, 2, 8).view(1, 1, 8, 1),
+        t=lambda: nn.Parameter(torch.randn(1, 2, 8, 8)),
+    ),
+    "sum of a stack": one(
+        lambda m, x: torch.stack([m.c(x), x, x * 2]).mean(0) + torch.stack([x, m.c(x)], dim=0).sum(dim=0),
+        ["add", "add", "mul", "add", "add"],
+        **_CONV,
+    ),
+    "sum of a list": one(lambda m, x: sum([m.c(x), x]), ["conv2d", "identity", "add"], **_CONV),
+    "constant from the left": one(
+        lambda m, x: m.a @ m.l(x),
+        ["dense", "transpose", "dense", "transpose"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        a=lambda: torch.randn(5, 5),
+    ),
+    "einsum with a constant first": one(
+        lambda m, x: torch.einsum("nm,bmf->bnf", m.a, m.l(x)),
+        ["dense", "dense"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        a=lambda: torch.randn(5, 5),
+    ),
+    "F.batch_norm": one(
+        lambda m, x: F.relu(F.batch_norm(m.c(x), m.m, m.v, m.g, m.o)),
+        ["conv2d", "channel_affine", "relu"],
+        c=_CONV["c"],
+        m=lambda: torch.randn(4),
+        v=lambda: torch.rand(4) + 0.5,
+        g=lambda: vector(4),
+        o=lambda: vector(4),
+    ),
+    "average without padding": one(
+        lambda m, x: F.avg_pool2d(m.c(x), 3, 2, 1, count_include_pad=False), ["pad", "avg_pool2d", "mul"], **_CONV
+    ),
+    "average with ceil_mode": one(
+        lambda m, x: F.avg_pool2d(m.c(x), 3, 2, ceil_mode=True), ["pad", "avg_pool2d", "mul"], **_CONV
+    ),
+    "average of a signal": one(
+        lambda m, x: F.avg_pool1d(x, 5, 3, 2, ceil_mode=True, count_include_pad=True),
+        ["pad", "avg_pool2d"],
+        lambda: torch.randn(3, 4, 9),
+    ),
+    "average with a divisor": one(
+        lambda m, x: F.avg_pool2d(m.c(x), 2, divisor_override=3), ["avg_pool2d", "mul"], **_CONV
+    ),
+    "adaptive average of unlike windows": one(
+        lambda m, x: F.adaptive_avg_pool2d(m.c(x), (3, 5)), ["gather", "pad", "gather", "avg_pool2d", "mul"], **_CONV
+    ),
+    "adaptive average that overlaps": one(
+        lambda m, x: F.adaptive_avg_pool1d(x, 6), ["avg_pool2d"], lambda: torch.randn(3, 4, 13)
+    ),
+    "adaptive maximum of unlike windows": one(
+        lambda m, x: F.adaptive_max_pool2d(m.c(x), 3), ["gather", "gather", "max_pool2d"], **_CONV
     ),
     "elementwise by name": one(
         lambda m, x: torch.erf(m.c(x)) + torch.exp(-m.c(x).abs()), ["elementwise", "add"], **_CONV

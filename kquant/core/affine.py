@@ -78,6 +78,13 @@ class Affine:
             RangeError: a range that is not finite, or whose scale leaves what a float32 multiplier can hold.
         """
         low, high = np.float32(low), np.float32(high)
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise RangeError(
+                f"tensor {name!r}",
+                "a finite range",
+                f"range [{low}, {high}]",
+                "Find what gives infinity or NaN: a division by a zero, the root or logarithm of one",
+            )
         if low == high:  # a tensor that is constantly zero: any scale holds it exactly
             high = np.float32(1.0)
         if bits == 16:

@@ -171,21 +171,6 @@ def test_recurrent_layers_train_on_quantized_weights_and_the_plan_says_that_they
     assert all(p.grad.abs().sum() > 0 for n, p in qmodel.named_parameters() if "weight" in n and "reverse" not in n)
 
 
-@pytest.mark.parametrize(
-    ("pool", "text"),
-    [
-        (nn.AvgPool2d(2, ceil_mode=True), "ceil_mode"),
-        (nn.AvgPool2d(3, padding=1, count_include_pad=False), "padding out"),
-        (nn.AvgPool2d(2, divisor_override=3), "divisor"),
-    ],
-)
-def test_averages_that_no_kernel_takes(pool, text):
-    """Windows of 9 pixels by twos end with one of a single row; the others divide by what is not the window's size."""
-    x = torch.randn(4, 3, 9, 9)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), pool)
-    refuses(kt.UnsupportedError, rf"layer '1' \(AvgPool2d\).*{text}.*exclude", model=model, example_inputs=x)
-
-
 @pytest.mark.parametrize("layer", [nn.Embedding(5, 4), nn.PReLU(4), nn.Linear(4, 4)])
 def test_weights_that_training_made_nan_are_not_exported(layer, tmp_path):
     x = torch.arange(4).reshape(2, 2) if isinstance(layer, nn.Embedding) else torch.randn(2, 4)
