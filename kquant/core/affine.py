@@ -78,23 +78,10 @@ class Affine:
             RangeError: a range that is not finite, or whose scale leaves what a float32 multiplier can hold.
         """
         low, high = np.float32(low), np.float32(high)
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise RangeError(
-                f"tensor {name!r}",
-                "a finite range",
-                f"range [{low}, {high}]",
-                "Find what gives infinity or NaN: a division by a zero, the root or logarithm of one",
-            )
         if low == high:  # a tensor that is constantly zero: any scale holds it exactly
             high = np.float32(1.0)
-        if bits == 16:
-            scale = np.float32(max(-low, high) / np.float32(INT16_MAX))
-            zero_point = 0
-        else:
-            levels = np.float32(2**bits - 1)
-            scale = np.float32((high - low) / levels)
-            unsigned = 0.0 if low == 0 or scale == 0 else float(np.float32(0.0) - low / scale)
-            zero_point = int(min(max(np.floor(unsigned + 0.5), 0), 2**bits - 1)) + 128 - 2**bits
+        reach = max(-low, high) / np.float32(INT16_MAX) if bits == 16 else (high - low) / np.float32(2**bits - 1)
+        scale, zero_point = np.float32(reach), 0
         if not np.isfinite(scale) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
             raise RangeError(
                 f"tensor {name!r}",
@@ -102,6 +89,9 @@ class Affine:
                 f"range [{low}, {high}] at {bits} bits",
                 "Scale the values of this tensor, or leave its layer in float with `exclude`",
             )
+        if bits != 16:
+            unsigned = 0.0 if low == 0 else float(np.float32(0.0) - low / scale)
+            zero_point = int(min(max(np.floor(unsigned + 0.5), 0), 2**bits - 1)) + 128 - 2**bits
         return cls(scale, zero_point, bits)
 
     def narrowed(self, bits: int) -> Affine:

@@ -101,6 +101,11 @@ def test_ranges_outside_float32s_multipliers_are_refused_by_name(bits, limit):
         Affine.of_range(F32(0), F32(limit), bits, "conv")
 
 
+def test_a_range_that_became_nan_is_refused_by_name():
+    with pytest.raises(RangeError, match=r"tensor 'conv'.*exclude.*Received"):
+        Affine.of_range(F32(np.nan), F32(np.nan), 8, "conv")
+
+
 @pytest.mark.parametrize("bits", [1, 4, 8, 16])
 def test_a_tensor_that_is_constantly_zero_is_held_exactly(bits):
     affine = Affine.of_range(F32(0), F32(0), bits)

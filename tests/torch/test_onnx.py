@@ -25,7 +25,8 @@ CHOSEN = (
     "average pool", "adaptive pools", "upsample nearest", "upsample bilinear", "paddings", "pixel shuffle",
     "activation relu6", "activation sigmoid", "activation softmax", "x - y", "x * y", "scalars", "maximum",
     "grouped transposed conv", "transposed conv + norm", "adaptive average of unlike windows", "log_softmax",
-    "tied embedding", "cat with constants", "position", "cat", "slices", "gather", "sum", "amax", "matmul", "class token", "expand",
+    "tied embedding", "cat with constants", "position",
+    "cat", "slices", "gather", "sum", "amax", "matmul", "class token", "expand",
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def test_what_has_no_form_is_refused_by_name_and_leaves_nothing(tmp_path, monkey
     model = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, 3)).eval()
     qmodel = kquant_torch.wrap(model, example_inputs=x, calibration_data=[x]).eval()
     monkeypatch.delitem(WRITERS, "conv2d_transpose")
-    with pytest.raises(UnsupportedError, match="op '0'.*conv2d_transpose"):
+    with pytest.raises(UnsupportedError, match=r"op '0'.*conv2d_transpose"):
         kquant_torch.export_onnx(qmodel, tmp_path / "model.onnx", example_inputs=x)
     assert not list(tmp_path.iterdir())
 
