@@ -99,14 +99,6 @@ class Lowering:
             self.tensors[tensor] = IntTensor(tensor, value.shape, affine.dtype, affine, codes)
         return tensor
 
-    def _exact(self, tensor: str) -> str:
-        """The id of an operand; a constant keeps its real values."""
-        value = self.graph.tensors[tensor].constant
-        if value is None:
-            return self.states[tensor].tensor
-        self.tensors[tensor] = IntTensor(tensor, value.shape, str(value.dtype), None, value)
-        return tensor
-
     def _result(self, tensor: str) -> str:
         return self.states[tensor].tensor
 
@@ -168,7 +160,7 @@ class Lowering:
     def _operand_float(self, tensor: str) -> str:
         state = self.states.get(tensor)
         if state is None or state.affine is None:
-            return self._exact(tensor)
+            return tensor if state is None else state.tensor
         name = f"{state.tensor}/float"
         if name not in self.tensors:
             op = IntOp(name, "dequantize", (state.tensor,), (name,))
