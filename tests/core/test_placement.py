@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from kquant.core.graph import Graph, Op, Tensor, Weight
 from kquant.core.int8_spec import ROWS
 from kquant.core.placement import place
 from kquant.core.plan import Plan, Spec
+from kquant.core.stages import stages
+from kquant.core.target import TFLITE, Target
 
 TYPES = {
     "conv2d": "Conv2D",
@@ -39,9 +42,9 @@ def graph(*ops: tuple, outputs: tuple[str, ...] = ()) -> Graph:
     return Graph(tuple(made), tensors, ("x",), outputs or (made[-1].id,))
 
 
-def placed(graph: Graph, *config: dict[str, Any]) -> Plan:
+def placed(graph: Graph, *config: dict[str, Any], target: Target = TFLITE) -> Plan:
     candidates = [Candidate(op.id, (op.layer,), op.type_name, op.kind in ROWS or op.kind == "lstm") for op in graph.ops]
-    return place(graph, match(parse(list(config) or None), candidates))
+    return place(graph, match(parse(list(config) or None), candidates), target)
 
 
 def site(plan: Plan, tensor: str) -> Any:
@@ -102,6 +105,59 @@ def test_a_fused_activation_is_quantized_once_behind_it():
     plan = placed(graph(("a", "conv2d", "x"), ("r", "relu", "a", {"max": None, "fn": "relu"}), ("c", "conv2d", "r")))
     assert "a" not in plan.sites
     assert spec(plan, "r").nonneg
+
+
+# -- sums that a kernel computes before it rounds ---------------------------------------------------------------------
+
+SUMMING = replace(TFLITE, rows={**ROWS, "conv2d": replace(ROWS["conv2d"], sums_axes=2)})  # tensors here have two axes
+RELU = {"max": None, "fn": "relu"}
+
+
+def summed(*ops: tuple, config: tuple = ()) -> tuple[list[str], set[str]]:
+    """The stages of a graph on a target that sums, in order, and the tensors with a range."""
+    made = graph(*ops)
+    plan = placed(made, *config, target=SUMMING)
+    return [" ".join(o.id for o in stage.ops) for stage in stages(made, target=SUMMING)], set(plan.sites)
+
+
+def test_a_sum_joins_the_kernel_before_it():
+    assert summed(("a", "conv2d", "x"), ("s", "add", "ax"), ("r", "relu", "s", RELU)) == (["a s r"], {"x", "r"})
+    assert summed(("a", "conv2d", "x"), ("s", "add", "xa")) == (["a s"], {"x", "s"})
+
+
+def test_it_stands_behind_what_it_adds():
+    """The first convolution takes the sum, whose other operand comes later."""
+    ops = (("a", "conv2d", "x"), ("b", "conv2d", "x"), ("p", "max_pool2d", "b"), ("s", "add", "ap"))
+    assert summed(*ops) == (["b", "p", "a s"], {"x", "b", "s"})
+    assert summed(*TWO, ("s", "add", "ab")) == (["b", "a s"], {"x", "b", "s"})
+
+
+@pytest.mark.parametrize(
+    ("ops", "expected"),
+    [
+        ((("a", "dense", "x"), ("s", "add", "ax")), ["a", "s"]),  # its row does not sum
+        ((("a", "conv2d", "x"), ("s", "add", "aa")), ["a", "s"]),  # with itself
+        ((("a", "conv2d", "x"), ("s", "add", "ax"), ("t", "add", "sa")), ["a", "s", "t"]),  # read twice
+        ((("a", "conv2d", "x"), ("s", "add", "ax"), ("t", "add", "sx")), ["a s", "t"]),  # one sum only
+        ((("a", "conv2d", "x"), ("r", "relu", "a", RELU), ("s", "add", "rx")), ["a r", "s"]),  # behind its ReLU
+        ((("a", "conv2d", "x"), ("s", "sub", "ax")), ["a", "s"]),
+    ],
+)
+def test_where_it_does_not_it_stays_an_op_of_its_own(ops, expected):
+    assert summed(*ops)[0] == expected
+
+
+def test_a_sum_that_no_entry_quantizes_is_not_taken():
+    ops = (("a", "conv2d", "x"), ("s", "add", "ax"))
+    for entry in ({"op_names": ["s"], "exclude": True}, {"op_names": ["s"], "q_bits": {"weight": 8, "output": 32}}):
+        assert summed(*ops, config=(DEFAULT, entry))[1] == {"x", "a"}
+    assert summed(*ops, config=({"q_bits": 8, "op_types": ["Conv2D"]},))[1] == {"x", "a"}
+    assert summed(*ops, config=(DEFAULT, {"op_names": ["s"], "q_bits": 4}))[1] == {"x", "s"}
+
+
+def test_the_plan_says_that_it_is_not_quantized_before_the_sum():
+    (row,) = placed(graph(("a", "conv2d", "x"), ("s", "add", "ax")), target=SUMMING).rows
+    assert row.note == "fused: s; not quantized before the sum"
 
 
 # -- fixed ------------------------------------------------------------------------------------------------------------
