@@ -32,7 +32,7 @@ def pytest_addoption(parser):
         help="folder of real models and data sets; tests that need one are skipped without it (default: $KQUANT_DATA)",
     )
     group.addoption("--models", type=int, default=40, help="random models in the property test")
-    group.addoption("--families", choices=("few", "all"), default="few", help="keras.applications to go through")
+    group.addoption("--families", choices=("few", "all"), default="few", help="architectures to go through")
 
 
 @pytest.fixture(scope="session")

@@ -97,8 +97,11 @@ def counted(report) -> tuple[int, int]:
     return kinds.count("conv2d + add"), kinds.count("add") + kinds.count("sub")
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("case", CASES)
+# Every case at 8 bits, every third at fewer.
+HELD = [(c, "W8A8") for c in CASES] + [(c, k) for k in ("W4A4", "DoReFa W2A3") for c in list(CASES)[::3]]
+
+
+@pytest.mark.parametrize(("case", "config"), HELD)
 @pytest.mark.filterwarnings("ignore:DoReFa clips activations")
 def test_a_file_holds_and_computes_what_was_trained(case, config, tmp_path):
     qmodel = wrapped(case, CONFIGS[config]).train()
@@ -304,3 +307,68 @@ def test_the_quantizers_take_it_too():
     plain = copy.deepcopy(Block())
     made = kquant_torch.QAT_Quantizer()(plain, calibration_data=images(2), target="onednn_fused")
     assert sum(isinstance(m, FakeQuantize) for m in made.modules()) == 2
+
+
+class Chain(nn.Module):
+    """Random convolutions, norms and activations; every second gives its result to a sum with an earlier tensor."""
+
+    def __init__(self, random: np.random.Generator):
+        super().__init__()
+        self.steps, shapes = [], [(6, 8)]
+        for i in range(5):
+            source = int(random.integers(len(shapes)))
+            inside, size = shapes[source]
+            groups = int(random.choice([1, 1, 2, inside]))
+            window, dilation = int(random.choice([1, 3])), int(random.integers(1, 3))
+            stride = int(random.choice([1, 1, 2])) if size > 4 else 1
+            outside = int(random.choice([inside, 6, 12]))
+            outside = outside if outside % groups == 0 else inside
+            reach = dilation * (window - 1) // 2
+            conv = nn.Conv2d(
+                inside, outside, window, stride, reach, dilation, groups, bias=bool(random.integers(2))
+            )  # fmt: skip
+            self.add_module(f"conv{i}", conv)
+            shape = (outside, (size + stride - 1) // stride)
+            if random.integers(2):
+                self.add_module(f"norm{i}", nn.BatchNorm2d(outside))
+            alike = [t for t, other in enumerate(shapes) if other == shape]
+            addend = int(random.choice(alike)) if alike else None
+            act = (None, F.relu, F.relu6, F.silu, torch.tanh)[int(random.integers(5))]
+            self.steps.append((source, addend, act, bool(random.integers(2))))
+            shapes.append(shape)
+
+    def forward(self, x):
+        tensors = [x]
+        for i, (source, addend, act, first) in enumerate(self.steps):
+            y = self._modules[f"conv{i}"](tensors[source])
+            y = self._modules[f"norm{i}"](y) if f"norm{i}" in self._modules else y
+            if addend is not None:
+                y = tensors[addend] + y if first else y + tensors[addend]
+            tensors.append(y if act is None else act(y))
+        return tuple(tensors[1:])
+
+
+def conv_sums(chain: Chain) -> int:
+    return sum(addend is not None for _, addend, _, _ in chain.steps)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.filterwarnings("ignore:DoReFa clips activations")
+def test_random_chains_keep_the_contract(seed, tmp_path):
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    chain = Chain(random)
+    with torch.no_grad():
+        chain.train()(images(0, 16))
+    config = [{
+        "q_bits": {"weight": int(random.integers(2, 9)), "output": int(random.integers(2, 9))},
+        "op_types": ["default"], "quantizer": str(random.choice(["qat", "naive", "dorefa"])),
+    }]  # fmt: skip
+    data = [images(s) for s in range(2, 5)]
+    qmodel = kquant_torch.wrap(
+        chain.eval(), config, example_inputs=images(), calibration_data=data, target="onednn_fused"
+    ).eval()
+    exported(qmodel, tmp_path / "m.pt")
+    parity = kquant_torch.verify(qmodel, tmp_path / "m.pt", [images(s) for s in range(20, 20 + ROUNDS)])
+    assert parity.ok and kquant_torch.audit(tmp_path / "m.pt").fully_integer, parity.problems
+    assert counted(parity) == (conv_sums(chain), 0)

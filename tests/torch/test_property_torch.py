@@ -56,8 +56,8 @@ def occurrences(model: torch.nn.Module, description: Description) -> set:
     return found | {("quantizer", entry["quantizer"]) for entry in description.config}
 
 
-def check(description: Description, folder) -> set:
-    """Assert the contract of an export on one model; returns what occurred in it."""
+def check(description: Description, folder, engine: str) -> set:
+    """Assert the contract of an export on one model, with both backends; returns what occurred in it."""
     model = quantized(description)
     first, second = folder / "first.pt", folder / "second.pt"
     x = data(description, 0)[:2]
@@ -71,12 +71,18 @@ def check(description: Description, folder) -> set:
     assert report.ok, report.problems
     kquant_torch.export_torchscript(model, second, example_inputs=x)
     assert first.read_bytes() == second.read_bytes()
+    kquant_torch.export_torchscript(model, second, example_inputs=x, backend="quantized")
+    assert kquant_torch.audit(second).fully_integer
+    report = kquant_torch.verify(model, second, [data(description, 2, VERIFIED)])
+    assert report.ok, (engine, report.problems)
     return occurrences(model, description)
 
 
 @pytest.mark.filterwarnings("ignore:DoReFa clips activations")
-def test_random_model_keeps_the_contract(index, tmp_path, record_property):
+def test_random_model_keeps_the_contract(index, tmp_path, record_property, quantized_engine):
     kept: list[set] = []
+    engine = ("fbgemm", "qnnpack")[index % 2]
+    quantized_engine(engine)
 
     @hypothesis.seed(index)
     @hypothesis.settings(
@@ -85,7 +91,7 @@ def test_random_model_keeps_the_contract(index, tmp_path, record_property):
     )  # fmt: skip
     @hypothesis.given(models(index))
     def one(description):
-        kept.append(check(description, tmp_path))
+        kept.append(check(description, tmp_path, engine))
 
     one()
     SEEN.update(["models", *kept[-1]])
