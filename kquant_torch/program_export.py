@@ -51,7 +51,7 @@ def export_program(
         An `ExportReport`.
 
     Raises:
-        ExportError: float ops, ranges never set, or a path that cannot be written.
+        ExportError: float ops, ranges never set, a model of target `"onednn_fused"`, or a path that cannot be written.
 
     Example:
         >>> kquant_torch.export_program(qmodel, "model.pt2", example_inputs=x)  # doctest: +SKIP
