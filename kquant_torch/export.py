@@ -90,8 +90,8 @@ def export_torchscript(
         An `ExportReport`: what was written, whether it is fully integer, portable, the size and the time.
 
     Raises:
-        ExportError: float ops that were not allowed, ranges never set, a model of target `"onednn_fused"` for the backend
-            `"quantized"`, or a path that cannot be written.
+        ExportError: float ops that were not allowed, ranges never set, a model of target `"onednn_fused"` for another
+            backend than `"onednn"`, or a path that cannot be written.
         ModelError: a float model, or example inputs that do not fit it.
         RangeError: a range that the kernels cannot hold.
     """

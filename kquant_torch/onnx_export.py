@@ -45,8 +45,8 @@ def export_onnx(
         An `ExportReport`.
 
     Raises:
-        ExportError: float ops, ranges never set, a model of target `"onednn_fused"`, the package onnx missing, or a path
-            that cannot be written.
+        ExportError: float ops, ranges never set, a model of target `"onednn_fused"`, the package onnx missing, or a
+            path that cannot be written.
         UnsupportedError: an op without a form in ONNX, by name.
 
     Example:
