@@ -33,6 +33,7 @@ class Placement(enum.Enum):
 INT4_SHIFT = 4
 INT4_MEAN = 2.0 ** -(INT4_SHIFT + 1)
 WEIGHTS_ONLY = "no integer kernel: its weights are quantized, its arithmetic stays float"  # of a STORED op
+RESIZED = "a resize needs a known output size; give the model a fixed input size"
 EXACT = 0.6  # the contract: 0.5 is perfect rounding, the rest is the kernel's fixed-point multiplier
 
 

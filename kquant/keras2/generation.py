@@ -16,6 +16,7 @@ from kquant.keras2 import symbols
 from kquant.keras2._tfmot import QuantizeLayer, QuantizeWrapper
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.subclassed import from_subclass, unbuilt_sequential
+from kquant.keras_common.variables import as_operations
 
 
 class Keras2(Generation):
@@ -108,18 +109,31 @@ class Keras2(Generation):
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Without the warning that a weight of a copied layer is no weight of the function that reads it."""
+        """Without the warning that a weight of a copied layer is no weight of the function that reads it.
+
+        `w * x` is an operation of the variable; by itself it would be one of the variable's value of now.
+        """
         logger = tf.get_logger()
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            yield
+            with as_operations(tf.Variable, OPERATORS, self.is_symbolic):
+                yield
         finally:
             logger.setLevel(level)
 
     def known_function(self, function: Any) -> str | None:
         """The name in `keras.activations` of a function of tf_keras or of TensorFlow."""
         return symbols.known_function(function)
+
+
+OPERATORS = {
+    "__add__": tf.add,
+    "__sub__": tf.subtract,
+    "__mul__": tf.multiply,
+    "__truediv__": tf.truediv,
+    "__matmul__": tf.matmul,
+}
 
 
 def call_of(node: Any) -> Call:

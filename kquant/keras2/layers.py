@@ -16,6 +16,7 @@ from kquant.keras2.norms import (
     ChannelAffine,
     ReciprocalRoot,
     ScaledSoftmax,
+    TrainedOperand,
     plain,
     register,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedLayer",
     "ReciprocalRoot",
     "ScaledSoftmax",
+    "TrainedOperand",
     "quantized",
 ]
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 import tf_keras
 
 from kquant.keras_common.norms import ChannelAffineBase, Freezable, ReciprocalRootBase, ScaledSoftmaxBase, in_xla
+from kquant.keras_common.operand import OperandBase
 
 register = tf_keras.saving.register_keras_serializable(package="kquant")
 WITHOUT_AUTOCAST = {"experimental_autocast": False}
@@ -40,6 +41,12 @@ class BatchNormalization(Freezable, tf_keras.layers.BatchNormalization):
 @register
 class ChannelAffine(ChannelAffineBase, tf_keras.layers.Layer):
     __doc__ = ChannelAffineBase.__doc__
+
+
+@register
+class TrainedOperand(OperandBase, tf_keras.layers.Layer):
+    __doc__ = OperandBase.__doc__
+    without_autocast: ClassVar = WITHOUT_AUTOCAST
 
 
 @register

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.subclassed import from_subclass, unbuilt_sequential
+from kquant.keras_common.variables import as_operations
 
 
 class Keras3(Generation):
@@ -97,10 +99,25 @@ class Keras3(Generation):
         """Whether a value is a variable."""
         return isinstance(value, keras.Variable)
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """With `w * x` as an operation: Keras hands it to TensorFlow, which refuses its symbolic tensors."""
+        with as_operations(keras.Variable, OPERATORS, self.is_symbolic):
+            yield
+
     def known_function(self, function: Any) -> str | None:
         """The name in `keras.activations` of a function."""
         name = getattr(function, "__name__", type(function).__name__)
         return name if getattr(keras.activations, name, None) is function else None
+
+
+OPERATORS = {
+    "__add__": keras.ops.add,
+    "__sub__": keras.ops.subtract,
+    "__mul__": keras.ops.multiply,
+    "__truediv__": keras.ops.divide,
+    "__matmul__": keras.ops.matmul,
+}
 
 
 def _call(node: Any) -> Call:

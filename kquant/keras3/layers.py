@@ -8,7 +8,14 @@ import keras
 import tensorflow as tf
 
 from kquant.keras3.linear import LINEAR
-from kquant.keras3.norms import BatchNormalization, ChannelAffine, ReciprocalRoot, ScaledSoftmax, register
+from kquant.keras3.norms import (
+    BatchNormalization,
+    ChannelAffine,
+    ReciprocalRoot,
+    ScaledSoftmax,
+    TrainedOperand,
+    register,
+)
 from kquant.keras_common.layers import FakeQuantizeBase, QuantizedBase
 
 __all__ = [
@@ -18,6 +25,7 @@ __all__ = [
     "QuantizedLayer",
     "ReciprocalRoot",
     "ScaledSoftmax",
+    "TrainedOperand",
     "quantized",
 ]
 

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from kquant.keras_common.norms import ChannelAffineBase, Freezable, ReciprocalRootBase, ScaledSoftmaxBase, in_xla
+from kquant.keras_common.operand import OperandBase
 
 register = keras.saving.register_keras_serializable(package="kquant")
 
@@ -56,6 +57,12 @@ class BatchNormalization(Freezable, keras.layers.BatchNormalization):
 @register
 class ChannelAffine(ChannelAffineBase, keras.layers.Layer):
     __doc__ = ChannelAffineBase.__doc__
+
+
+@register
+class TrainedOperand(OperandBase, keras.layers.Layer):
+    __doc__ = OperandBase.__doc__
+    without_autocast: ClassVar = {"autocast": False}
 
 
 @register

@@ -92,6 +92,9 @@ class Builder:
 
     def _called(self, op: Op, layer: Any, inputs: list[Any]) -> Any:
         """The op on new inputs. The constant of an integer sum or product lies on the grid that the artifact has."""
+        if isinstance(layer, self.generation.own.TrainedOperand):
+            layer.held = op.id in self.plan.integer and not self._is_wide(op)
+            return op.source.invoke(layer, inputs)
         value = next((self.graph.tensors[t].constant for t in op.inputs if t not in self.raw), None)
         if value is None or op.kind not in ARITHMETIC or op.id not in self.plan.integer or self._is_wide(op):
             return op.source.invoke(layer, inputs)

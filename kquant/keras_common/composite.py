@@ -264,11 +264,17 @@ NO_INTEGER = {
 }
 
 
+def _loops(layer: Any) -> str:
+    """What a recurrent layer needs beside its exclusion."""
+    rolled = getattr(getattr(layer, "forward_layer", layer), "unroll", None) is False
+    return "; left in float it must be built with unroll=True, because the file holds no loop" if rolled else ""
+
+
 def _symbolic(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     """A user's own layer: a copy of it called on symbolic inputs shows its ops."""
     if g.is_own_class(layer):
         name = type(layer).__name__
-        return NO_INTEGER.get(name, f"{name} has no integer form on the target")
+        return NO_INTEGER.get(name, f"{name} has no integer form on the target") + _loops(layer)
     args, kwargs = call.fill(inputs)
     copy = type(layer).from_config(layer.get_config())
     copy(*args, **kwargs)

@@ -36,7 +36,13 @@ def reads_own(*names: str) -> Callable[[Handler], Handler]:
 
 def handlers_of(generation: Any) -> dict[type, Handler]:
     """The handlers by class, for the classes that a generation has."""
-    from kquant.keras_common import read_layers, read_linear, read_shapes  # noqa: F401  they enter their handlers
+    from kquant.keras_common import (  # noqa: F401  they enter their handlers
+        read_composed,
+        read_layers,
+        read_linear,
+        read_products,
+        read_shapes,
+    )
 
     found = {getattr(generation.layers, n): h for n, h in LAYERS.items() if hasattr(generation.layers, n)}
     return found | {getattr(generation.own, n): h for n, h in OWN.items() if hasattr(generation.own, n)}

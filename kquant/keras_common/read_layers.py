@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.core.graph import Weight
+from kquant.core.int8_spec import RESIZED
 from kquant.keras_common.functions import function_kind
 from kquant.keras_common.generation import Call, Source
 from kquant.keras_common.handlers import LAYERS, reads, reads_own
@@ -255,6 +256,8 @@ def _shape_op(kind: str, attrs: Callable[[Any, tuple], dict] = lambda layer, sha
     def handler(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
         reason = not_channels_last(layer)
         found = attrs(layer, r.shape(inputs[0]))
+        if kind.startswith("resize") and None in call.shape[1:-1]:
+            reason = reason or RESIZED
         if reason or "reason" in found:
             return r.unknown(layer, inputs, call, reason or found["reason"])
         return r.add(kind, layer, inputs, [call.shape], r.clone(layer), attrs=found)

@@ -17,6 +17,8 @@ from kquant.keras_common.functions import NAMED, is_elementwise
 from kquant.keras_common.generation import Call
 from kquant.keras_common.reader import Reader
 
+ARITHMETIC = ("add", "sub", "mul")
+
 OpHandler = Callable[[Reader, Call, list[str], str, dict], list[str]]
 OPERATIONS: dict[str, OpHandler] = {}
 
@@ -124,21 +126,50 @@ def _per_channel(r: Reader, call: Call, inputs: list[str], kind: str, value: np.
 
 
 def _with_variable(r: Reader, call: Call, inputs: list[str], kind: str, pair: list[Any]) -> list[str]:
-    """`x * v` and `x + v` with a trainable vector over the last axis become a scale or an offset per channel."""
-    variable = next(v for v in pair if r.generation.is_variable(v))
-    channels = call.shape[-1]
-    values = np.asarray(variable)
-    if (
-        kind not in ("mul", "add")
-        or values.size not in (1, channels)
-        or values.shape[-1:] not in ((channels,), (1,), ())
-    ):
-        return refused(r, call, inputs, f"{kind} with a trainable array of shape {values.shape} has no integer form")
+    """Arithmetic with a trainable array: exactly where it is a scale or an offset per channel, else on its grid."""
+    first = r.generation.is_variable(pair[0])
+    variable = pair[0] if first else pair[1]
+    shape, rank = tuple(variable.shape), len(call.shape)
+    if kind not in ARITHMETIC or len(shape) > rank or (len(shape) == rank and shape[0] != 1):
+        return refused(r, call, inputs, f"{kind} with a trainable array of shape {shape} has no integer form")
+    channels, size = call.shape[-1], int(np.prod(shape))
+    per_channel = kind != "sub" and size in (1, channels) and shape[-1:] in ((channels,), (1,), ())
+    dtype = call.layer.dtype_policy if hasattr(call.layer, "dtype_policy") else None
+
+    def make() -> Any:
+        if per_channel:
+            return r.own.ChannelAffine(kind == "mul", kind == "add", name="affine", dtype=dtype)
+        return r.own.TrainedOperand(kind, shape, first, name="operand", dtype=dtype)
+
+    values = np.broadcast_to(np.asarray(variable).ravel(), (channels,)) if per_channel else np.asarray(variable)
+    return trained(r, call, inputs, variable, (kind, first), make, values)
+
+
+def trained(
+    r: Reader, call: Call, inputs: list[str], variable: Any, use: Any, make: Callable, values: np.ndarray
+) -> list[str]:
+    """Read a call with a trainable array as a layer of that array; all calls with it share the layer.
+
+    Args:
+        r, call, inputs: as in a handler.
+        variable: the array.
+        use: what is done with it, the same in all calls.
+        make: makes the layer.
+        values: of its only weight.
+    """
+    _, before, layer = r.trained.get(id(variable), (variable, use, None))
+    if before != use:
+        name = getattr(variable, "name", "")
+        return refused(r, call, inputs, f"the trainable array {name!r} is used by two different operations")
+    fresh = layer is None
+    layer = make() if fresh else layer
+    r.trained[id(variable)] = variable, use, layer
 
     def function(x: Any) -> Any:
-        layer = r.own.ChannelAffine(kind == "mul", kind == "add", name="affine")
         y = layer(x)
-        layer.set_weights([np.broadcast_to(values.ravel(), (channels,))])
+        if fresh:
+            layer.trainable = bool(variable.trainable)
+            layer.set_weights([values])
         return y
 
     return rewritten(r, call, inputs, function)
@@ -147,65 +178,6 @@ def _with_variable(r: Reader, call: Call, inputs: list[str], kind: str, pair: li
 @reads("AddN")
 def _add_n(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
     return rewritten(r, call, inputs, lambda *xs: functools.reduce(r.operations.add, xs))
-
-
-@reads("Matmul")
-def _matmul(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
-    a, b = args["x1"], args["x2"]
-    turned = [bool(args.get(f"transpose_{side}")) for side in "ab"]
-    if any(turned) and len(inputs) == 2:
-
-        def turn(x: Any, wanted: bool) -> Any:
-            order = list(range(len(x.shape)))
-            return r.operations.transpose(x, [*order[:-2], order[-1], order[-2]]) if wanted else x
-
-        return rewritten(r, call, inputs, lambda *xs: r.operations.matmul(*map(turn, xs, turned)))
-    if r.generation.is_variable(b) and len(b.shape) == 2:
-
-        def function(x: Any) -> Any:
-            layer = r.layers.Dense(b.shape[1], use_bias=False, name="dense")
-            y = layer(x)
-            layer.set_weights([np.asarray(b)])
-            return y
-
-        return rewritten(r, call, inputs, function)
-    if len(inputs) < 2 and not (r.generation.is_symbolic(a) and a is b):
-        return refused(r, call, inputs, "a product with a constant matrix has no integer form; use a Dense layer")
-    if len(a.shape) < 2 or len(b.shape) < 2:
-        return refused(r, call, inputs, "a matrix product of vectors has no kernel; reshape them to matrices")
-    return add(r, call, [inputs[0], inputs[-1]], "batch_matmul")
-
-
-@reads("Einsum")
-def _einsum(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
-    """Two operands: batch letters first, then one matrix product, then the wanted order."""
-    subscripts = args["subscripts"].replace(" ", "")
-    if "..." in subscripts or len(inputs) != 2 or "->" not in subscripts:
-        return refused(r, call, inputs, f"the einsum {subscripts!r} is not a product of two tensors")
-    (a, b), out = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
-    shared = [c for c in a if c in b]
-    batch, inner = [c for c in shared if c in out], [c for c in shared if c not in out]
-    left, right = [c for c in a if c not in shared], [c for c in b if c not in shared]
-    if sorted(batch + left + right) != sorted(out) or not inner:
-        return refused(r, call, inputs, f"the einsum {subscripts!r} is not a matrix product")
-
-    def function(x: Any, y: Any) -> Any:
-        sizes = {**dict(zip(a, x.shape, strict=True)), **dict(zip(b, y.shape, strict=True))}
-        sides = [(x, a, batch, left, inner), (y, b, batch, inner, right)]
-        parts = [_as_matrix(r.operations, *side, sizes) for side in sides]
-        z = r.operations.matmul(*parts)
-        shape = [sizes[c] for c in batch + left + right]
-        z = r.operations.reshape(z, [-1 if s is None else s for s in shape])
-        return r.operations.transpose(z, [(batch + left + right).index(c) for c in out])
-
-    return rewritten(r, call, inputs, function)
-
-
-def _as_matrix(ops: Any, x: Any, letters: str, batch: list, rows: list, columns: list, sizes: dict) -> Any:
-    x = ops.transpose(x, [letters.index(c) for c in batch + rows + columns])
-    shape = [sizes[c] for c in batch]
-    shape += [int(np.prod([sizes[c] for c in side])) for side in (rows, columns)]
-    return ops.reshape(x, [-1 if s is None else s for s in shape])
 
 
 # -- activations ----------------------------------------------------------------------------------------------------
@@ -225,7 +197,7 @@ def _gelu(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
 @reads("Softmax")
 def _softmax(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
     if not isinstance(args["axis"], int):
-        return refused(r, call, inputs, "softmax over several axes has no kernel")
+        return refused(r, call, inputs, "softmax over several axes has no kernel; reshape them to one")
     return add(r, call, inputs, "softmax", {"axis": args["axis"]})
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from kquant.core.int8_spec import RESIZED
 from kquant.keras_common.generation import Call
 from kquant.keras_common.read_ops import add, reads, refused, rewritten
 from kquant.keras_common.reader import Reader
 
-REDUCTIONS = {"Mean": "mean", "Sum": "sum", "Max": "reduce_max", "Min": "reduce_min", "Amax": "reduce_max"}
+REDUCTIONS = {"Mean": "mean", "Sum": "sum", "Max": "reduce_max", "Min": "reduce_min"}
+REDUCTIONS |= {"Amax": "reduce_max", "Amin": "reduce_min"}
 
 
 @reads(*REDUCTIONS)
@@ -48,6 +50,8 @@ def _resize(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> 
     extra = ("antialias", "crop_to_aspect_ratio", "pad_to_aspect_ratio", "preserve_aspect_ratio")
     if args["interpolation"] not in kinds or any(args.get(k) for k in extra) or len(call.shape) != 4:
         return refused(r, call, inputs, "resizing by other than nearest or bilinear, or with aspect ratio or antialias")
+    if None in call.shape[1:-1]:
+        return refused(r, call, inputs, RESIZED)
     return add(r, call, inputs, kinds[args["interpolation"]], {"rank": 2})
 
 
@@ -168,17 +172,18 @@ def _unstack(r: Reader, call: Call, inputs: list[str], name: str, args: dict) ->
 @reads("Roll")
 def _roll(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
     shift, axis = args["shift"], args["axis"]
-    if not (isinstance(shift, int) and isinstance(axis, int)):
-        return refused(r, call, inputs, "a roll over several axes: roll one after the other")
-    axis %= len(r.shape(inputs[0]))
-    size = r.shape(inputs[0])[axis]
-    if size is None:
-        return refused(r, call, inputs, "a roll needs a known size")
-    at, before = -shift % size, (slice(None),) * axis
+    shape = r.shape(inputs[0])
+    shifts = np.atleast_1d(shift).tolist()
+    axes = [] if axis is None else [int(a) % len(shape) for a in np.atleast_1d(axis)]
+    if len(shifts) != len(axes) or 0 in axes or None in [shape[a] for a in axes]:
+        return refused(r, call, inputs, "a roll needs an axis of known size, other than the batch")
 
     def function(x: Any) -> Any:
-        parts = [x[(*before, slice(at, size))], x[(*before, slice(0, at))]]
-        return r.operations.concatenate(parts, axis) if at else x[(*before, slice(0, size))]
+        for by, axis in zip(shifts, axes, strict=True):
+            at, before = -by % shape[axis], (slice(None),) * axis
+            parts = [x[(*before, slice(at, shape[axis]))], x[(*before, slice(0, at))]]
+            x = r.operations.concatenate(parts, axis) if at else x[(*before, slice(0, shape[axis]))]
+        return x
 
     return rewritten(r, call, inputs, function)
 

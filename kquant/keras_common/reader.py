@@ -41,6 +41,7 @@ class Reader:
         self.tensors: dict[str, Tensor] = {}
         self.asides: set[str] = set()
         self.gains: dict[str, Any] = {}
+        self.trained: dict[int, tuple[Any, Any, Any]] = {}  # by the id of a variable: it, its use, its layer
         self.scope = _Scope()
         self._ids: Counter[str] = Counter()
         self._expanded: dict[Any, Any] = {}

@@ -49,7 +49,7 @@ def from_subclass(generation: Generation, model: Any, inputs: Sequence[tuple[tup
         ) from error
     lost = unread_weight(generation, model, form)
     if lost:
-        raise ModelError(f"model {model.name!r}", lost, fix="Use it in a layer, or in x * w, x + w or matmul(x, w)")
+        raise ModelError(f"model {model.name!r}", lost, fix="Use it in a layer, or in x * w, x + w or x @ w")
     return form
 
 

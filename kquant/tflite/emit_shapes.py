@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kquant.core.errors import UnsupportedError
-from kquant.core.int8_spec import ROWS
+from kquant.core.int8_spec import RESIZED, ROWS
 from kquant.core.integer import IntOp
 from kquant.tflite.emit import Emitter, fused, lowers, padding
 from kquant.tflite.emit_linear import both, lifted
@@ -126,9 +126,7 @@ def _resize(e: Emitter, op: IntOp) -> None:
     shape = e.shape(op.outputs[0])
     size = (1, shape[1]) if rank == 1 else shape[1:3]
     if None in size:
-        raise UnsupportedError(
-            f"layer {op.id!r}", "a resize needs its output size", shape, "Give the model a fixed input size"
-        )
+        raise UnsupportedError(f"layer {op.id!r}", RESIZED, shape)
     fields = {
         "alignCorners": op.attrs.get("align_corners", False),
         "halfPixelCenters": op.attrs.get("half_pixel", True),
