@@ -19,7 +19,7 @@ import tf_keras
 import kquant
 from benchmarks.accuracy import BITS, CALIBRATION, TRAINED_DROPS, calibrated
 from benchmarks.data import Folder, Settings
-from benchmarks.finetune import RECIPES, Batches, Recipe
+from benchmarks.finetune import RECIPES, STATISTICS, Batches, Recipe, losses, prepare
 from benchmarks.measure import classes, exported_classes, file_classes
 from benchmarks.statistics import interleave, mean_difference, ratio
 from benchmarks.table import Row
@@ -50,11 +50,11 @@ class Augmented(Batches, tf_keras.utils.Sequence):
     """The batches as tf_keras takes them."""
 
 
-def finetune(qmodel: tf_keras.Model, data: Any, rate: float, epochs: int) -> None:
+def finetune(qmodel: tf_keras.Model, data: Any, recipe: Recipe) -> None:
     """The same training for either side: Adam, cosine decay to zero, the float model's outputs as targets."""
-    decay = tf_keras.optimizers.schedules.CosineDecay(rate, epochs * len(data))
-    qmodel.compile(tf_keras.optimizers.Adam(decay), tf_keras.losses.KLDivergence())
-    qmodel.fit(data, epochs=epochs, shuffle=False, verbose=0)
+    decay = tf_keras.optimizers.schedules.CosineDecay(recipe.rate, recipe.epochs * len(data))
+    qmodel.compile(tf_keras.optimizers.Adam(decay), **losses(recipe, tf_keras))
+    qmodel.fit(data, epochs=recipe.epochs, shuffle=False, verbose=0)
 
 
 class Plain(tf_keras.utils.Sequence):
@@ -82,8 +82,7 @@ def beside_tfmot(
     held: tuple[np.ndarray, np.ndarray],
     samples: np.ndarray,
     data: Callable[[int], Any],
-    rate: float,
-    epochs: int,
+    recipe: Recipe,
     seeds: int,
 ) -> Iterator[Row]:
     """Both artifacts after the same training, over seeds: ours is at least tfmot's mean less 0.25 points."""
@@ -93,16 +92,21 @@ def beside_tfmot(
     for seed in range(seeds):
         tf_keras.utils.set_random_seed(seed)
         qmodel = kquant.quantize_model(model, calibration_data=samples)
-        finetune(qmodel, data(seed), rate, epochs)
+        finetune(qmodel, data(seed), recipe)
         ours.append(exported_classes(qmodel, x) == y)
         tf_keras.utils.set_random_seed(seed)
         other = tfmot_model(model)
-        finetune(other, data(seed), rate, epochs)
+        finetune(other, data(seed), recipe)
         theirs.append(file_classes(tfmot_file(other), x) == y)
     means = [100 * np.mean(right) for right in (ours, theirs)]
     runs = ["/".join(f"{100 * right.mean():.2f}" for right in side) for side in (ours, theirs)]
     detail = f"ours {runs[0]}, tfmot {runs[1]}, float {100 * floats.mean():.2f}, n={len(y)}"
     yield Row(f"{name} W8A8 trained: tfmot's mean less ours", means[1] - means[0], BEHIND, detail=detail)
+
+
+def shortened(recipe: Recipe, settings: Settings) -> Recipe:
+    """One epoch of a recipe where the run is to be quick."""
+    return dataclasses.replace(recipe, epochs=1) if settings.quick else recipe
 
 
 def resnet8(folder: Folder, settings: Settings) -> Iterator[Row]:
@@ -111,10 +115,9 @@ def resnet8(folder: Folder, settings: Settings) -> Iterator[Row]:
     held = folder.cifar("test")
     model = load(folder, "resnet8_jpgft_float.h5")
     yield from calibrated("ResNet8", model, images[:CALIBRATION], *held, bar=97.0, drop=0.5)
-    recipe, seeds = RECIPES["W8A8"], 1 if settings.quick else settings.seeds
-    epochs = 1 if settings.quick else recipe.epochs
+    recipe, seeds = shortened(RECIPES["W8A8"], settings), 1 if settings.quick else settings.seeds
     data = partial(Augmented, images, model, recipe.shift)
-    yield from beside_tfmot("ResNet8", model, held, images[:CALIBRATION], data, recipe.rate, epochs, seeds)
+    yield from beside_tfmot("ResNet8", model, held, images[:CALIBRATION], data, recipe, seeds)
 
 
 def widths(folder: Folder, settings: Settings) -> Iterator[Row]:
@@ -122,7 +125,7 @@ def widths(folder: Folder, settings: Settings) -> Iterator[Row]:
     images, _ = folder.cifar("train")
     model = load(folder, "resnet8_jpgft_float.h5")
     for bits, config in BITS.items():
-        recipe = dataclasses.replace(RECIPES[bits], epochs=1) if settings.quick else RECIPES[bits]
+        recipe = shortened(RECIPES[bits], settings)
         seeds = 1 if settings.quick else settings.seeds
         yield trained(model, images, folder.cifar("test"), bits, config, recipe, seeds)
 
@@ -137,9 +140,9 @@ def trained(
     for seed in range(seeds):
         tf_keras.utils.set_random_seed(seed)
         qmodel = kquant.quantize_model(model, config, calibration_data=images[:CALIBRATION])
-        kquant.reestimate_batch_norm(qmodel, images[:2000])
-        finetune(qmodel, Augmented(images, model, recipe.shift, seed), recipe.rate, recipe.epochs)
-        kquant.reestimate_batch_norm(qmodel, images[:2000])
+        student, teacher = prepare(qmodel, model, images, recipe, tf_keras)
+        finetune(student, Augmented(images, teacher, recipe.shift, seed), recipe)
+        kquant.reestimate_batch_norm(qmodel, images[:STATISTICS])
         artifacts.append(exported_classes(qmodel, x) == y)
     found = mean_difference(floats, np.array(artifacts))
     name = f"ResNet8 {bits} artifact after training: mean drop"
@@ -155,13 +158,13 @@ def keywords(folder: Folder, settings: Settings) -> Iterator[Row]:
         ("DS-CNN kws01", "mlperf_kws_dscnn_float.h5", x, kws["y_test"], 98.5),
         ("ARM DS-CNN-S", "arm_ds_cnn_s_float.h5", arm["mfcc"], arm["y"], 97.0),
     )
-    seeds = 1 if settings.quick else settings.seeds
+    recipe, seeds = shortened(Recipe(1e-4, epochs=20), settings), 1 if settings.quick else settings.seeds
     for name, file, inputs, labels, bar in nets:
         model = load(folder, file)
         samples, held = inputs[:100], (inputs[100:], labels[100:])
         yield from calibrated(name, model, samples, *held, bar=bar)
         data = partial(Plain, samples, model)
-        yield from beside_tfmot(name, model, held, samples, data, 1e-4, 1 if settings.quick else 20, seeds)
+        yield from beside_tfmot(name, model, held, samples, data, recipe, seeds)
 
 
 def load(folder: Folder, name: str) -> tf_keras.Model:

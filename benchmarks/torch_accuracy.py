@@ -16,12 +16,14 @@ import kquant_torch
 from benchmarks.data import Folder, Settings
 from benchmarks.statistics import mean_difference, paired_difference
 from benchmarks.table import Row
-from benchmarks.torch_finetune import Recipe, classes, finetune
+from benchmarks.torch_clip import clipped
+from benchmarks.torch_finetune import Recipe, classes, finetune, keep_features
 from benchmarks.torch_resnet import normalized, pretrained
 from benchmarks.torch_unit import within_unit
 
 CALIBRATION = 1000  # training images that ranges are calibrated on
-FIRST_AND_LAST = {"q_bits": 8, "op_names": ["conv1", "linear"]}
+ENDS = ("conv1", "linear")
+FIRST_AND_LAST = {"q_bits": 8, "op_names": list(ENDS)}
 
 
 def config(weight: int, output: int, quantizer: str = "qat", *more: dict) -> list[dict]:
@@ -38,18 +40,22 @@ class Case:
         config: a `config_list`.
         recipe: how it is trained.
         drop: the bar of its mean drop in points.
-        unit: start from the same network with activations in [0, 1], and statistics of the quantized weights.
+        unit: the float network is the same one with activations in [0, 1].
+        clip: bits for which the kernels are clipped before they are quantized, or None.
+
+    With either, the batch norm statistics are first estimated anew, for the quantized weights.
     """
 
     config: Any
     recipe: Recipe
     drop: float
     unit: bool = False
+    clip: int | None = None
 
 
 CASES = {
     "W8A8": Case(None, Recipe(2e-5, freeze_batch_norm=0.0), 0.25),
-    "W4A4": Case(config(4, 4), Recipe(3e-4, freeze_batch_norm=0.0), 1.5),
+    "W4A4": Case(config(4, 4), Recipe(1e-3, features=3.0, freeze_batch_norm=0.0), 1.5),
     "W2A2": Case(config(2, 2, "qat", FIRST_AND_LAST), Recipe(2e-3), 7.0),
     "DoReFa W4A4": Case(config(4, 4, "dorefa"), Recipe(1e-3), 2.0, unit=True),
 }
@@ -91,13 +97,14 @@ def trained(
     runs = []
     for seed in range(1 if settings.quick else settings.seeds):
         torch.manual_seed(seed)
-        start_from = within_unit(model, images[:CALIBRATION]) if case.unit else model
+        teacher = within_unit(model, images[:CALIBRATION]) if case.unit else model
+        start_from = clipped(teacher, case.clip, ENDS) if case.clip else teacher
         qmodel = kquant_torch.wrap(start_from, case.config, example_inputs=x[:2], calibration_data=images[:CALIBRATION])
-        if case.unit:
+        if case.unit or case.clip:
             kquant_torch.reestimate_batch_norm(qmodel, images[:CALIBRATION])
         if not runs:
             start = 100 * (classes(qmodel, x) == y).mean()
-        finetune(qmodel, model, images, recipe, seed)
+        finetune(qmodel, teacher, images, recipe, seed)
         runs.append(exported_classes(qmodel, x) == y)
     gain = mean_difference(floats, np.array(runs))
     each = " ".join(f"{100 * right.mean():.2f}" for right in runs)
@@ -111,7 +118,7 @@ def run(folder: Folder, settings: Settings) -> Iterator[Row]:
     """The rows of this benchmark."""
     (images, _), (test, y) = folder.cifar("train"), folder.cifar("test")
     x, samples = normalized(test), normalized(images)
-    model = pretrained(folder.find("resnet20_jpgft_float.pt"))
+    model = keep_features(pretrained(folder.find("resnet20_jpgft_float.pt")))
     yield from calibrated(model, samples[:CALIBRATION], x, y)
     for name in CASES:
         yield trained(name, model, samples, x, y, settings)

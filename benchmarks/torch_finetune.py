@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +22,12 @@ class Recipe:
     """A training recipe.
 
     The float model has learned these images by heart, so their labels say little; its probabilities (Hinton et al.
-    2015, distillation) say where the quantized model departs from it.
+    2015, distillation) say where the quantized model departs from it, and what its blocks give says where that begins
+    (Romero et al. 2015, FitNets).
 
     Args:
         rate: the first learning rate.
+        features: the weight of the blocks' relative squared errors beside the loss of the probabilities.
         freeze_batch_norm: from this share of the training on; the statistics stand still before the end, so that what
             is measured is what was trained.
         shift: pixels by which an image is moved at most.
@@ -31,6 +35,7 @@ class Recipe:
     """
 
     rate: float
+    features: float = 0.0
     freeze_batch_norm: float = 0.5
     shift: int = 2
     epochs: int = 4
@@ -49,12 +54,37 @@ def varied(x: torch.Tensor, shift: int, generator: torch.Generator) -> torch.Ten
     return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+_GIVEN: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
+
+
+def _keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    _GIVEN[module] = output
+
+
+def keep_features(model: nn.Module) -> nn.Module:
+    """Let the blocks of a float `torch_resnet` network show what they give; copies and wrapped models do so too."""
+    for name in blocks(model):
+        model.get_submodule(name).register_forward_hook(_keep)
+    return model
+
+
+def blocks(model: nn.Module) -> list[str]:
+    """The names of a network's residual blocks."""
+    return [name for name, module in model.named_modules() if hasattr(module, "bn2")]
+
+
+def _features_apart(qmodel: nn.Module, teacher: nn.Module) -> torch.Tensor:
+    """The squared errors of the blocks in the last pass, each relative to its teacher's mean square, summed."""
+    pairs = [(_GIVEN[qmodel.get_submodule(n)], _GIVEN[teacher.get_submodule(n)]) for n in blocks(teacher)]
+    return torch.stack([F.mse_loss(mine, theirs) / theirs.square().mean() for mine, theirs in pairs]).sum()
+
+
 def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Recipe, seed: int) -> None:
     """Train a wrapped model in place, in an ordinary loop.
 
     Args:
         qmodel: calibrated; its output is logits.
-        teacher: the float model, in evaluation mode.
+        teacher: the float model, in evaluation mode; with features, both went through `keep_features`.
         x: images as the models take them.
         recipe: how.
         seed: of shuffling and augmentation.
@@ -73,6 +103,8 @@ def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Rec
             with torch.no_grad():
                 wanted = teacher(images).softmax(1)
             loss = F.cross_entropy(qmodel(images), wanted)
+            if recipe.features:
+                loss = loss + recipe.features * _features_apart(qmodel, teacher)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -30,8 +30,8 @@ def main() -> None:
     x, held = images[:-HELD_OUT], images[-HELD_OUT:]
     model = folder.model("resnet8_jpgft_float.keras")
     wanted = classes(model, held)
-    for rate, shift, freeze, epochs in itertools.product((1e-4, 3e-4, 1e-3), (0, 2), (False, True), (1, 3)):
-        recipe = Recipe(rate, shift, freeze, epochs)
+    for rate, features, ranges, shift in itertools.product((3e-4, 1e-3, 2e-3), (0.0, 3.0, 10.0), (False, True), (0, 2)):
+        recipe = Recipe(rate, features, ranges, shift)
         qmodel = kquant.quantize_model(model, BITS[args.bits], calibration_data=x[:CALIBRATION])
         finetune(qmodel, model, x, recipe, seed=0)
         print(f"{100 * (classes(qmodel, held) == wanted).mean():.2f}  {recipe}", flush=True)
