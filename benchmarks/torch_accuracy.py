@@ -42,6 +42,7 @@ class Case:
         drop: the bar of its mean drop in points.
         unit: the float network is the same one with activations in [0, 1].
         clip: bits for which the kernels are clipped before they are quantized, or None.
+        target: where the model is to run.
 
     With either, the batch norm statistics are first estimated anew, for the quantized weights.
     """
@@ -51,13 +52,16 @@ class Case:
     drop: float
     unit: bool = False
     clip: int | None = None
+    target: str = "onednn"
 
 
+FEW_BITS = Recipe(1e-3, features=10.0, freeze_ranges=True, freeze_batch_norm=0.0)
 CASES = {
     "W8A8": Case(None, Recipe(2e-5, freeze_batch_norm=0.0), 0.25),
-    "W4A4": Case(config(4, 4), Recipe(1e-3, features=3.0, freeze_batch_norm=0.0), 1.5),
-    "W2A2": Case(config(2, 2, "qat", FIRST_AND_LAST), Recipe(2e-3), 7.0),
-    "DoReFa W4A4": Case(config(4, 4, "dorefa"), Recipe(1e-3), 2.0, unit=True),
+    "W4A4": Case(config(4, 4), FEW_BITS, 1.5),
+    "W4A4 onednn_fused": Case(config(4, 4), FEW_BITS, 1.5, target="onednn_fused"),
+    "W2A2": Case(config(2, 2, "qat", FIRST_AND_LAST), Recipe(2e-3, features=3.0, freeze_batch_norm=0.6), 7.0, clip=2),
+    "DoReFa W4A4": Case(config(4, 4, "dorefa"), Recipe(2e-3, features=3.0, freeze_batch_norm=0.6), 2.0, unit=True),
 }
 
 
@@ -99,7 +103,9 @@ def trained(
         torch.manual_seed(seed)
         teacher = within_unit(model, images[:CALIBRATION]) if case.unit else model
         start_from = clipped(teacher, case.clip, ENDS) if case.clip else teacher
-        qmodel = kquant_torch.wrap(start_from, case.config, example_inputs=x[:2], calibration_data=images[:CALIBRATION])
+        qmodel = kquant_torch.wrap(
+            start_from, case.config, example_inputs=x[:2], calibration_data=images[:CALIBRATION], target=case.target
+        )
         if case.unit or case.clip:
             kquant_torch.reestimate_batch_norm(qmodel, images[:CALIBRATION])
         if not runs:

@@ -28,6 +28,7 @@ class Recipe:
     Args:
         rate: the first learning rate.
         features: the weight of the blocks' relative squared errors beside the loss of the probabilities.
+        freeze_ranges: keep the ranges of the calibration.
         freeze_batch_norm: from this share of the training on; the statistics stand still before the end, so that what
             is measured is what was trained.
         shift: pixels by which an image is moved at most.
@@ -36,6 +37,7 @@ class Recipe:
 
     rate: float
     features: float = 0.0
+    freeze_ranges: bool = False
     freeze_batch_norm: float = 0.5
     shift: int = 2
     epochs: int = 4
@@ -94,6 +96,8 @@ def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Rec
     optimizer = torch.optim.Adam(qmodel.parameters(), recipe.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     qmodel.train()
+    if recipe.freeze_ranges:
+        kquant_torch.freeze_observers(qmodel)
     done = 0
     for _ in range(recipe.epochs):
         for chosen in torch.randperm(len(x), generator=generator).split(BATCH):

@@ -215,7 +215,7 @@ class Reach:
         """Take in what flows into a fake quantization."""
         key = (op.attrs.get("spec"), op.attrs.get("site"))
         if op.kind == "fake_quant" and key in self.cut:
-            self.typical.setdefault(key, _Typical()).update(np.asarray(inputs[0], np.float32))  # type: ignore[arg-type]
+            self.typical.setdefault(key, _Typical()).update(np.asarray(inputs[0], np.float32))
 
     def set_shares(self, graph: Graph) -> None:
         """Hand the shares that were found to the quantizers; their ranges stay as they are."""
