@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.errors import ModelError
+from kquant.core.errors import ModelError, UnsupportedError
 from kquant.core.graph import Graph, Op, Tensor, Weight
 from kquant.keras_common.generation import Call, Generation, Source
 from kquant.keras_common.mixed import check_layer, check_model
 
+ACTIVITY_REGULARIZATION = "ActivityRegularization"
 NOT_IDS = "its ids must be an input of the model that is nothing else"
 
 
@@ -118,10 +119,13 @@ class Reader:
         return self.tensors[tensor].shape
 
     def clone(self, layer: Any, **changes: Any) -> Source:
-        """A source that makes `layer` again with some of its config changed, and its weights."""
+        """A source that makes `layer` again with some of its config changed, and its weights.
+
+        Its activity regularizer becomes a layer behind it: one that only replaces its parts would lose it.
+        """
 
         def build() -> Any:
-            return type(layer).from_config({**layer.get_config(), **changes})
+            return type(layer).from_config({**without_activity_regularizer(layer.get_config()), **changes})
 
         return Source(id(layer), build, layer.get_weights, _invoke_layer, layer.name)
 
@@ -162,6 +166,36 @@ class Reader:
 
     def call(self, call: Call, inputs: list[str]) -> list[str]:
         """Read one call of a layer or an operation."""
+        before = len(self.ops)
+        outputs = self._parts(call, inputs)
+        regularizer = getattr(call.layer, "activity_regularizer", None)
+        if regularizer is None or any(op.type_name == ACTIVITY_REGULARIZATION for op in self.ops[before:]):
+            return outputs
+        return [self._regularized(call.layer, regularizer, tensor) for tensor in outputs]
+
+    def _regularized(self, layer: Any, regularizer: Any, tensor: str) -> str:
+        """A tensor behind a layer of its own that adds the activity regularizer's loss."""
+        known = self.generation.keras.regularizers
+        if type(regularizer) not in (known.L1, known.L2, known.L1L2):
+            raise UnsupportedError(
+                f"layer {layer.name!r}",
+                "an activity regularizer of L1, L2 or L1L2",
+                type(regularizer).__name__,
+                "Add its loss in the training step, from the output of the quantized model's layer",
+            )
+        weights = {k: float(getattr(regularizer, k, 0.0)) for k in ("l1", "l2")}
+        name = f"{layer.name}_activity_regularizer"
+        kind = self.layers.ActivityRegularization
+        own = kind(**weights, name=name, dtype=layer.dtype_policy)
+
+        def build() -> Any:
+            return kind(**weights, name=name, dtype=layer.dtype_policy)
+
+        source = Source((id(layer), "activity"), build, None, _invoke_layer, name)
+        return self.add("identity", own, [tensor], [self.shape(tensor)], source, call=unchanged)[0]
+
+    def _parts(self, call: Call, inputs: list[str]) -> list[str]:
+        """The ops of a call."""
         from kquant.keras_common.composite import expand
         from kquant.keras_common.read_ops import read_operation
 
@@ -197,6 +231,11 @@ class Reader:
         form = self._expanded.setdefault(id(model), self.generation.functional(model))
         with self.inside(model.name):
             return self.function(form, inputs)
+
+
+def without_activity_regularizer(config: dict) -> dict:
+    """The config of a layer, without its activity regularizer."""
+    return {**config, "activity_regularizer": None} if config.get("activity_regularizer") else config
 
 
 def _handlers(generation: Generation) -> dict[type, Callable]:

@@ -128,6 +128,28 @@ def test_variables_that_are_not_float32_are_refused(name):
     refused(ModelError, ("'dense'", "float32", name, "mixed_float16"), kquant.quantize_model, model)
 
 
+def test_activity_regularizers_add_what_they_add_to_the_float_model(tmp_path):
+    """On the layer's output behind its activation, in every kind of layer; a quantized layer has none of its own."""
+    x = keras.Input(SHAPE, name="x")
+    y = layers.Conv2D(4, 3, activation="relu", activity_regularizer=keras.regularizers.L1(0.1), name="conv")(x)
+    y = layers.SeparableConv2D(4, 1, activity_regularizer="l2", pointwise_regularizer="l2", name="parts")(y)
+    y = layers.ActivityRegularization(l1=0.02)(y)
+    model = keras.Model(x, layers.Dense(3, activity_regularizer=keras.regularizers.L1L2(0.1, 0.2), name="head")(y))
+    qmodel, _ = exported(model, X, tmp_path / "m.tflite")
+    qmodel.save(tmp_path / "q.keras")
+    for each in (qmodel, keras.models.load_model(tmp_path / "q.keras")):
+        model(X), each(X)
+        assert len(each.losses) == len(model.losses) == 5
+        # The sums of some hundred values, each rounded to 8 bits.
+        np.testing.assert_allclose(sorted(map(float, each.losses)), sorted(map(float, model.losses)), rtol=0.02)
+
+
+def test_an_activity_regularizer_of_ones_own_is_refused():
+    x = keras.Input(SHAPE, name="x")
+    layer = layers.Conv2D(4, 1, name="conv", activity_regularizer=lambda y: ops.sum(y))
+    refused(UnsupportedError, ("'conv'", "L1L2"), kquant.quantize_model, keras.Model(x, layer(x)))
+
+
 # -- data and settings ------------------------------------------------------------------------------------------------
 
 
