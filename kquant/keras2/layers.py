@@ -22,12 +22,14 @@ from kquant.keras2.norms import (
 )
 from kquant.keras2.quantize_config import CONFIGS
 from kquant.keras_common.layers import FakeQuantizeBase, QuantizedBase
+from kquant.keras_common.named import NamedOutputs
 
 __all__ = [
     "BatchNormalization",
     "ChannelAffine",
     "FakeQuantize",
     "QuantizedLayer",
+    "QuantizedModel",
     "ReciprocalRoot",
     "ScaledSoftmax",
     "TrainedOperand",
@@ -116,6 +118,15 @@ class QuantizedLayer(QuantizedBase, QuantizeWrapperV2):
         recipe = tf_keras.saving.get_registered_object(config.pop("recipe"))
         config["quantize_config"] = recipe.from_config(config["quantize_config"])
         return cls(**config)
+
+
+@register
+class QuantizedModel(NamedOutputs, tf_keras.Model):
+    __doc__ = NamedOutputs.__doc__
+
+
+# A model in an .h5 file is looked up by the bare name of its class.
+tf_keras.utils.get_custom_objects()["QuantizedModel"] = QuantizedModel
 
 
 def quantized(layer: Any, spec: Any, name: str) -> QuantizedLayer:

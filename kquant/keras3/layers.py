@@ -17,12 +17,14 @@ from kquant.keras3.norms import (
     register,
 )
 from kquant.keras_common.layers import FakeQuantizeBase, QuantizedBase
+from kquant.keras_common.named import NamedOutputs
 
 __all__ = [
     "BatchNormalization",
     "ChannelAffine",
     "FakeQuantize",
     "QuantizedLayer",
+    "QuantizedModel",
     "ReciprocalRoot",
     "ScaledSoftmax",
     "TrainedOperand",
@@ -107,6 +109,11 @@ class QuantizedLayer(QuantizedBase, keras.layers.Layer):
         config = dict(config)
         config["layer"] = keras.saving.deserialize_keras_object(config["layer"])
         return cls(**config)
+
+
+@register
+class QuantizedModel(NamedOutputs, keras.Model):
+    __doc__ = NamedOutputs.__doc__
 
 
 def quantized(layer: keras.layers.Layer, spec: Any, name: str) -> QuantizedLayer:

@@ -14,6 +14,7 @@ from kquant.core.lower import held_constant
 from kquant.core.plan import Plan, Site, Spec
 from kquant.keras_common.generation import Generation
 from kquant.keras_common.layers import Delayed
+from kquant.keras_common.named import class_of
 from kquant.tf_numerics import EMA_DECAY
 
 ARITHMETIC = ("add", "sub", "mul")
@@ -42,7 +43,7 @@ class Builder:
             self._op(op)
         names = iter(self.graph.outputs)
         outputs = self.tree.map_structure(lambda _: self._finished(next(names)), results)
-        quantized = self.generation.keras.Model(inputs, outputs, name=model.name)
+        quantized = class_of(self.generation, model)(inputs, outputs, name=model.name)
         for layer in (*self.made.values(), *self.quantizers.values()):
             if isinstance(layer, Delayed):
                 layer.calls = len(layer._inbound_nodes)

@@ -325,7 +325,7 @@ def _output_names(generation: Generation, form: Any) -> list[str]:
     if isinstance(outputs, dict):
         return list(outputs)
     made = [generation.maker(t)[0].name for t in form.outputs]
-    given = list(form.output_names)  # those of the float model, until the quantized one is saved and loaded
+    given = list(form.output_names)  # a quantized model keeps those of the float model
     return given if given != made else [_named(generation, t) for t in form.outputs]
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
-from keras_generation import IS_KERAS3, keras, layers, ops, policy, set_policy
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+from keras_generation import FORMATS, IS_KERAS3, apply_gradients, keras, layers, ops, policy, set_policy
 
 import kquant
 from keras_templates.bad_input import DEFAULT, refused
@@ -277,13 +280,62 @@ def test_an_ellipsis_whose_shape_keras_misstates_is_refused(tmp_path):
     refused(UnsupportedError, ("'einsum'", "letters"), kquant.quantize_model, keras.Model(x, y))
 
 
-def test_losses_by_the_output_names_of_the_float_model():
+@pytest.mark.parametrize("ending", [None, *FORMATS])
+def test_losses_by_the_output_names_of_the_float_model(ending, tmp_path):
     x = keras.Input((4,), name="x")
     probs, size = layers.Dense(3, activation="softmax", name="probs")(x), layers.Dense(1, name="size")(x)
     qmodel = kquant.quantize_model(keras.Model(x, [probs, size]), calibration_data=X[:, 0, 0])
+    if ending is not None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You are saving your model as an HDF5 file")
+            qmodel.save(tmp_path / f"q{ending}")
+        qmodel = keras.models.load_model(tmp_path / f"q{ending}")
     losses = {"probs": "sparse_categorical_crossentropy", "size": "mse"}
     qmodel.compile("sgd", loss=losses, metrics={"probs": ["accuracy"]})
     before = qmodel.get_weights()
     history = qmodel.fit(X[:, 0, 0], {"probs": np.zeros(32), "size": np.ones((32, 1))}, verbose=0).history
     assert {"probs_loss", "size_loss", "probs_accuracy"} <= set(history)
     assert any(not np.array_equal(a, b) for a, b in zip(before, qmodel.get_weights(), strict=True))
+    kquant.export_tflite(qmodel, tmp_path / "m.tflite")
+    interpreter = Interpreter(str(tmp_path / "m.tflite"))
+    assert set(interpreter.get_signature_list()["serving_default"]["outputs"]) == {"probs", "size"}
+
+
+class OwnStep:
+    """A training step of one's own, as the guides of Keras write it."""
+
+    def train_step(self, data: Any) -> dict:
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+        apply_gradients(self.optimizer, tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"own": loss}
+
+
+class OwnFunctional(OwnStep, keras.Model):
+    """Made as `OwnFunctional(inputs, outputs)`."""
+
+
+class OwnSubclass(OwnStep, keras.Model):
+    """Made of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, x: Any) -> Any:
+        return self.dense(x)
+
+
+def test_a_functional_model_of_ones_own_class_keeps_its_training_step(tmp_path):
+    x = keras.Input((4,), name="x")
+    qmodel, _ = exported(OwnFunctional(x, layers.Dense(3)(x)), X[:, 0, 0], tmp_path / "m.tflite")
+    qmodel.compile("sgd")
+    assert list(qmodel.fit(X[:, 0, 0], np.ones((32, 3)), verbose=0).history) == ["own"]
+
+
+def test_a_training_step_that_the_quantized_model_lacks_is_warned_of():
+    model = OwnSubclass()
+    model(X[:1, 0, 0])
+    with pytest.warns(UserWarning, match=r"without 'train_step' of OwnSubclass"):
+        kquant.quantize_model(model)
