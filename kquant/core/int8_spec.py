@@ -146,6 +146,8 @@ ROWS: dict[str, Row] = {
         _shared("tile", "TILE", 1, "TileOptions"),
         _shared("resize_bilinear", "RESIZE_BILINEAR", 3, "ResizeBilinearOptions", rounds=True, int16=False),
         _shared("resize_nearest", "RESIZE_NEAREST_NEIGHBOR", 3, "ResizeNearestNeighborOptions"),
+        # An operand that is a trained array: a constant tensor of the artifact, with a range of its own.
+        Row("parameter", FREE, int16=True),
         # Trains on quantized weights, and runs in float.
         Row("recurrent", Placement.STORED, weighted=True),
         # Nothing in the artifact.

@@ -22,6 +22,7 @@ from kquant.core.target import TFLITE, Target
 ON_GRID = 1e-3  # steps: a constant on its grid, whose ends are found again only to a few units in the last place
 COARSE_UNIT = 0.02  # output codes: half of it is what a bias may be off by
 LARGEST_TABLE = 2**22  # bytes
+ARITHMETIC = ("add", "sub", "mul")  # ops whose constant operand lies on a grid of its own
 
 
 def known(affine: Affine | None) -> Affine:
@@ -237,6 +238,9 @@ class Lowering:
         if op.kind in ("elementwise", "relu", "sigmoid", "tanh", "prelu"):
             self._function(stage, affine)
             return
+        if op.kind == "parameter":
+            self._parameter(stage, affine)
+            return
         weight, attrs = None, op.attrs
         bits = 16 if affine.bits == 16 else 8
         inputs = tuple(self._operand(t, bits) for t in stage.inputs)
@@ -254,6 +258,17 @@ class Lowering:
             relu=stage.relu is not None, relu_max=stage.relu.attrs.get("max") if stage.relu else None, parts=stage.ops,
         )  # fmt: skip
         self._clamped(made, affine, self._shape(stage.output), False)
+
+    def _parameter(self, stage: Stage, affine: Affine) -> None:
+        value = np.asarray(stage.anchor.call([])[0], np.float32)
+        check_finite(stage.anchor, value=value)
+        self._add(
+            IntOp(stage.output, "parameter", (), (stage.output,), parts=stage.ops),
+            [affine],
+            [self._shape(stage.output)],
+        )
+        held = replace(self.tensors[stage.output], constant=affine.quantize(value))
+        self.tensors[stage.output] = held
 
     def _fold(self, stage: Stage, source: str, affine: Affine) -> IntWeight:
         return fold(stage, known(self.tensors[source].affine), affine, self.target.accumulator)

@@ -63,13 +63,19 @@ class Verification:
     def batch(self, feeds: dict[str, np.ndarray]) -> None:
         """Compare one batch."""
         values = [feeds[n] for n in self.graph.inputs]
-        raw = self.artifact.run(values)
+        raw = self.artifact.run(values) | self._held()
         reference = self._float_values(feeds)
         for op in self.model.ops:
             if op.parts and op.kind != "float":
                 self._compare(op, raw, reference)
         self._end_to_end(feeds, values, raw, reference)
         self.samples += len(values[0])
+
+    def _held(self) -> dict[str, np.ndarray]:
+        """The codes of the trained arrays that are constants; that the artifact has the same is compared elsewhere."""
+        names = [op.outputs[0] for op in self.model.ops if op.kind == "parameter"]
+        constants = {n: self.model.tensors[n].constant for n in names}
+        return {n: value for n, value in constants.items() if value is not None}
 
     def _float_values(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The float model's value of every tensor: quantizers off, float weights."""

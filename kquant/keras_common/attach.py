@@ -10,14 +10,12 @@ import numpy as np
 from kquant.core.affine import Affine
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op
-from kquant.core.lower import held_constant
+from kquant.core.lower import ARITHMETIC, held_constant
 from kquant.core.plan import Plan, Site, Spec
 from kquant.keras_common.generation import Generation
 from kquant.keras_common.layers import Delayed
 from kquant.keras_common.named import class_of
 from kquant.tf_numerics import EMA_DECAY
-
-ARITHMETIC = ("add", "sub", "mul")
 
 
 class Builder:

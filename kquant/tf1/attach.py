@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.core.errors import ModelError
+from kquant.core.lower import ARITHMETIC, held_constant
 from kquant.core.plan import Plan, Site, Spec, WeightSpec
 from kquant.core.reports import Report
 from kquant.core.weights import gain_shape, weight_formula
@@ -17,9 +18,10 @@ from kquant.tf1.graphs import GraphModel, as_model, remember, tensor_id
 from kquant.tf1.match import Found
 from kquant.tf1.norms import gain_of, make_freezable
 from kquant.tf1.ranges import Range
-from kquant.tf1.read import complete, read_with_source
+from kquant.tf1.read import complete, read_with_source, to_write_out
 from kquant.tf1.rewire import Slot, readers, redirect, slots
 from kquant.tf1.state import State, scope_of
+from kquant.tf1.write_out import can, write_out
 from kquant.tf_numerics import EMA_DECAY, quantized_weight, weight_codes, with_quantized_gradient
 
 
@@ -67,7 +69,9 @@ class Rewriter:
         self.matcher, self.needed = source.matcher, source.needed
         self.state = State(self.graph)
         self.ranges: dict[str, Range] = {}
-        self.current: dict[str, Any] = {}  # what the integer readers of a tensor see
+        # What the integer readers of a tensor see.
+        stands = {name: self.graph.get_tensor_by_name(by) for by, name in marks.standing_for(self.graph).items()}
+        self.current: dict[str, Any] = {tensor_id(self._raw(name)): tensor for name, tensor in stands.items()}
         self.found: dict[str, Found] = {}
         self.activations = self.kernels = 0
 
@@ -97,6 +101,7 @@ class Rewriter:
             edge = self.plan.edges.get((op.id, index))
             if edge is not None:
                 self._edge(op, index, edge, places[op.id][index])
+        self._hold(op, found)
         if op.id in self.plan.weights:
             self._kernel(op, found, self.plan.weights[op.id])
         if self.model.training and op.kind == "channel_affine":
@@ -104,7 +109,26 @@ class Rewriter:
             if normalized is not None and found.output is found.anchor.outputs[0]:
                 self.current[op.id] = normalized
         for tensor in op.outputs:
-            self._sites(tensor, op.id in self.plan.integer, places)
+            # A trained array has other readers than the model, such as what initializes and saves it.
+            self._sites(tensor, op.id in self.plan.integer and op.kind != "parameter", places)
+
+    def _hold(self, op: Any, found: Found) -> None:
+        """Put the constant of an integer sum or product on the grid that the artifact has."""
+        wide = any(self.plan.specs[site.spec].bits == 16 for site in self.plan.sites.get(op.output, ()))
+        index = next((i for i, s in enumerate(found.sources) if not isinstance(s, tf.Tensor)), None)
+        if index is None or op.kind not in ARITHMETIC or op.id not in self.plan.integer or wide:
+            return
+        value = found.sources[index]
+        held = held_constant(value, op.id)
+        if held is value:
+            return
+        graph_op = found.anchor
+        given = graph_op.inputs[index]
+        with np.errstate(divide="ignore"):  # a reciprocal too small for the grid is 0, and its divisor infinite
+            operand = np.float32(1.0) / held if graph_op.type == "RealDiv" else held
+        with tf.name_scope(f"{scope_of(graph_op.name)}/"):
+            constant = tf.constant(operand.reshape(given.shape.as_list()), tf.float32, name="constant")
+        redirect([(graph_op, index)], constant)
 
     # -- activations ----------------------------------------------------------------------------------------------
 
@@ -214,9 +238,12 @@ def attach(plan: Plan, value: Any) -> GraphModel:
     Raises:
         ModelError: a graph to be trained in which no quantized kernel is.
     """
-    model = complete(as_model(value))
+    model = as_model(value)
     graph = model.graph
     before = len(graph.get_operations())
+    if can(graph):
+        write_out(graph, set(), to_write_out(model))
+    model = complete(model)
     with graph.as_default(), tf.control_dependencies(None):
         rewriter = Rewriter(plan, model)
         if model.training:

@@ -11,8 +11,8 @@ import tensorflow as tf
 
 from kquant.core.calibration import batches
 from kquant.core.graph import Graph
-from kquant.tf1.graphs import GraphModel, as_model
-from kquant.tf1.read import complete, read_with_source
+from kquant.tf1.graphs import GraphModel
+from kquant.tf1.read import legible, read_with_source
 from kquant.tf1.values import REFERENCES, RESOURCE, Values
 
 
@@ -35,7 +35,7 @@ def prepare(value: Any, graph: Graph, data: Any) -> Any:
     Raises:
         ModelError: no session, or variables without a value. CalibrationError: data that does not fit.
     """
-    model = complete(as_model(value))
+    model = legible(value)
     operations = [model.graph.get_operation_by_name(n) for n in read_with_source(model)[1].needed]
     model.values.get(sorted(op.name for op in operations if op.type in (RESOURCE, *REFERENCES)))
     if isinstance(data, Iterator):

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tensorflow.core.framework import graph_pb2, node_def_pb2
 
 from kquant.tf1 import marks
+from kquant.tf1.flags import evaluated
 from kquant.tf1.values import Values, variable_of
 
 BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
@@ -180,8 +181,11 @@ class Evaluator:
 
     def _resolve(self, tensor: Any, arrays: Mapping[str, Any], replaced: Mapping[str, str], part: _Nodes) -> str:
         """The name under which a tensor is read inside the part; its op is noted as still to be collected."""
-        while tensor.name not in arrays and (tensor.name in replaced or tensor.name in self._behind):
-            tensor = self.graph.get_tensor_by_name(replaced.get(tensor.name) or self._behind[tensor.name])
+        while tensor.name not in arrays:
+            name, chosen = replaced.get(tensor.name) or self._behind.get(tensor.name), evaluated(tensor)
+            if name is None and chosen is None:
+                break
+            tensor = self.graph.get_tensor_by_name(name) if name is not None else chosen
         if tensor.name in arrays:
             return self._fed(_placeholder(tensor.name), arrays[tensor.name].dtype, part)
         statistic = self.statistics.get(tensor.name)

@@ -20,11 +20,18 @@ GRADIENT = "gradient"  # an identity whose gradient is quantized
 BATCH_NORM = "batch_norm"  # a batch norm whose statistics can be frozen
 STATISTIC = "statistic"  # a batch statistic that can be frozen
 LOOK_UP = "look_up"  # a look-up in a fake-quantized table, in the place of one in a variable
+WRITTEN_OUT = "written_out"  # what is computed by several ops in the place of one
+# and on other ops:
+PART = "part"  # one of the ops that another one was written out in
+CONDITIONAL = "conditional"  # one with a flag, whose branch for evaluation was inlined beside it
+EVALUATION = "evaluation"  # an op of such a branch
 
 FLOORED = "floored"  # the training form of a kernel that holds its batch norm
 
 # Those that stand for the tensor behind them: they change how it is trained and not what it is.
 TRANSPARENT = (GRADIENT, BATCH_NORM, FLOORED)
+# Those that compute anew the tensor that they stand for.
+REPLACING = (LOOK_UP, WRITTEN_OUT)
 
 
 def put(op: Any, kind: str, **facts: Any) -> None:
@@ -47,7 +54,7 @@ def are_in(graph: Any) -> bool:
     return any(of(op) is not None for op in graph.get_operations() if op.type == "Identity")
 
 
-def standing_for(graph: Any, kinds: tuple[str, ...] = (*TRANSPARENT, LOOK_UP)) -> dict[str, str]:
+def standing_for(graph: Any, kinds: tuple[str, ...] = (*TRANSPARENT, *REPLACING)) -> dict[str, str]:
     """For the name of every tensor that stands for another, the name of that one."""
     found = {}
     for op in graph.get_operations():

@@ -16,7 +16,8 @@ import tensorflow as tf
 from kquant.core.graph import Weight
 from kquant.tf1 import marks
 from kquant.tf1.evaluate import Evaluator
-from kquant.tf1.values import variable_of
+from kquant.tf1.flags import evaluated, handed_on, is_handed_in, outside
+from kquant.tf1.values import Values, variable_of
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Matcher:
     def __init__(self, evaluator: Evaluator, depends: set[str], readers: Callable[[Any], bool]):
         self.evaluator, self.depends, self.readers = evaluator, depends, readers
         self.heights: dict[str, int] = {}  # of elementwise ops behind a tensor
+        self.read_by: dict[str, Any] = {}  # of trained arrays that are operands, the op that reads one
         self._found: dict[str, Found] = {}
 
     def match(self, tensor: Any) -> Found:
@@ -119,11 +121,19 @@ class Matcher:
     def _match(self, tensor: Any) -> Found:
         op = tensor.op
         mark = marks.of(op)
+        if evaluated(tensor) is not None:
+            return self._chosen(tensor, evaluated(tensor))
         if mark is not None and mark["kind"] == marks.FAKE_QUANT:
-            return Found("fake_quant", (self.tensor(mark["input"]),), tensor, op, {"mark": mark})
+            source = self.tensor(mark["input"])
+            self.read_by.setdefault(source.name, self.read_by.get(tensor.name))
+            return Found("fake_quant", (source,), tensor, op, {"mark": mark})
+        if self.is_parameter(tensor):
+            read = self.reader(tensor)
+            anchor = self.read_by.get(tensor.name) or op
+            return Found("parameter", (), tensor, anchor, call=lambda values, float_weights=False: [read()])
         if mark is not None and mark["kind"] in marks.TRANSPARENT:
             return replace(self.match(self.tensor(mark["input"])), output=tensor)
-        if mark is not None and mark["kind"] == marks.LOOK_UP:
+        if mark is not None and mark["kind"] in marks.REPLACING:
             return replace(self.match(op.inputs[0]), output=tensor)
         handler = HANDLERS.get(op.type)
         if handler is None:
@@ -136,6 +146,19 @@ class Matcher:
             return found
         sources = tuple(t for t in op.inputs if t.name in self.depends)
         return Found("opaque", sources, tensor, op, {"reason": found})
+
+    def _chosen(self, tensor: Any, chosen: Any) -> Found:
+        """What a flag decides: what evaluation makes of what is handed into the conditional."""
+        handed = handed_on(tensor)
+        if handed is not None:
+            return Found("identity", (handed,), tensor, tensor.op, call=unchanged)
+        found = self.match(chosen)
+        sources = [s for s in found.sources if isinstance(s, tf.Tensor)]
+        if found.kind not in ("identity", "channel_affine") or not all(is_handed_in(tensor, s) for s in sources):
+            reason = "a flag may decide on batch norm and dropout only"
+            handed = tuple(t for t in tensor.op.inputs if t.name in self.depends)
+            return Found("opaque", handed, tensor, tensor.op, {"reason": reason, "flag": True})
+        return replace(found, sources=tuple(map(outside, sources)), output=tensor)
 
     # -- used by the handlers -------------------------------------------------------------------------------------
 
@@ -171,7 +194,8 @@ class Matcher:
             if t.name in self.evaluator.statistics or variable is not None:
                 found.add(self.evaluator.statistics.get(t.name) or variable.name)
             else:
-                todo += list(t.op.inputs)
+                chosen = evaluated(t)
+                todo += list(t.op.inputs) if chosen is None else [chosen]
         return found
 
     def reader(self, tensor: Any, shape: tuple[int, ...] | None = None) -> Callable[[], np.ndarray]:
@@ -191,7 +215,7 @@ class Matcher:
     def value_of(self, tensor: Any) -> Any:
         """The value of a variable that is given by its handle; another tensor as it is."""
         variable = variable_of(tensor) if tensor.dtype == tf.resource else None
-        return tensor if variable is None else self.evaluator.values.value_tensor(variable.name)
+        return tensor if variable is None else Values(self.evaluator.graph).value_tensor(variable.name)
 
     def is_read_once(self, tensor: Any, reader: Any) -> bool:
         """Whether `reader` is the only op of what is being read that reads the tensor."""
@@ -217,6 +241,11 @@ def caller(evaluator: Evaluator, found: Found) -> Callable[..., list[Any]]:
         return evaluator.run(feeds, [found.output.name], float_kernel if float_weights else None)
 
     return call
+
+
+def unchanged(values: Any, float_weights: bool = False) -> list[Any]:
+    """The `call` of what an op that acts in training only computes in inference."""
+    return [values[0]]
 
 
 def is_symbolic(value: Any) -> bool:

@@ -49,7 +49,9 @@ def _with_constant(m: Matcher, op: Any, kind: str, x: Any, value: np.ndarray, fi
             return Found("elementwise", (x,), op.outputs[0], op, {"fn": "reciprocal"})
         return "a constant vector divided by a tensor has no integer form"
     if kind == "div":
-        kind, value = "mul", np.float32(1.0) / value
+        kind = "mul"
+        with np.errstate(divide="ignore"):
+            value = np.float32(1.0) / value
     value = np.asarray(value, np.float32).reshape(value.shape or (1,))
     return Found(kind, (value, x) if first else (x, value), op.outputs[0], op)
 
@@ -62,8 +64,11 @@ def _with_parameter(m: Matcher, op: Any, kind: str, x: Any, parameter: Any, firs
     per_channel = channels and size in (1, channels) and (not shape or shape[-1] == size)
     if not per_channel or op.outputs[0].shape.as_list() != x.shape.as_list() or kind in ("maximum", "minimum"):
         value = m.static(parameter)
-        if value is None or (kind == "div" and first):
-            return f"{op.type} with a trained array of shape {tuple(shape)} has no integer form"
+        if kind == "div" and (first or value is None):
+            return f"{op.type} with an array of shape {tuple(shape)} has no integer form"
+        if value is None:
+            m.read_by[parameter.name] = op
+            return Found(kind, (parameter, x) if first else (x, parameter), op.outputs[0], op)
         return _with_constant(m, op, kind, x, np.asarray(value), first)
     if kind == "div" and first:
         return "a vector divided by a tensor has no integer form"

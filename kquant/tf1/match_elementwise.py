@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kquant.tf1 import marks
-from kquant.tf1.match import Found, Matcher, matches
+from kquant.tf1.match import Found, Matcher, matches, unchanged
 
 # Functions of one op, by what the placement rules call them.
 UNARY = {
@@ -20,7 +20,9 @@ UNARY = {
 NAMED = {"Relu": None, "Relu6": 6.0}
 FIXED = {"Sigmoid": "sigmoid", "Tanh": "tanh"}
 _BINARY = ("Add", "AddV2", "Sub", "Mul", "RealDiv", "Maximum", "Minimum", "Pow", "SquaredDifference")
-_INSIDE = frozenset((*UNARY, *NAMED, *FIXED, *_BINARY, "Identity", "IdentityN"))
+_COMPARED = ("Greater", "GreaterEqual", "Less", "LessEqual")
+_SELECTED = ("Select", "SelectV2")
+_INSIDE = frozenset((*UNARY, *NAMED, *FIXED, *_BINARY, *_COMPARED, *_SELECTED, "Identity", "IdentityN"))
 LONGEST = 24  # ops of a function that is written out
 
 RANDOM = (
@@ -148,8 +150,8 @@ def dropped(m: Matcher, op: Any) -> Found | None:
 
 @matches("Select", "SelectV2")
 def select(m: Matcher, op: Any, index: int) -> Found | str:
-    """A selection by random numbers is dropout; another one has no row."""
-    return dropped(m, op) or "a selection by values has no integer form"
+    """A selection by random numbers is dropout; one by the tensor's own values is a function of it."""
+    return dropped(m, op) or region(m, op) or "a selection by the values of another tensor has no integer form"
 
 
 def _unscaled(m: Matcher, x: Any) -> Any:
@@ -165,11 +167,6 @@ def _unscaled(m: Matcher, x: Any) -> Any:
 
 def _identity(op: Any, source: Any) -> Found:
     return Found("identity", (source,), op.outputs[0], op, call=unchanged)
-
-
-def unchanged(values: Any, float_weights: bool = False) -> list[Any]:
-    """What an op that acts in training only computes in inference."""
-    return [values[0]]
 
 
 def is_random(tensor: Any, depth: int = 6) -> bool:

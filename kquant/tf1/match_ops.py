@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kquant.tf1.match import Found, Matcher, is_symbolic, matches
-from kquant.tf1.match_elementwise import unchanged
+from kquant.tf1.match import Found, Matcher, is_symbolic, matches, unchanged
 from kquant.tf1.match_linear import NOT_CHANNELS_LAST, over_one_axis, tensordot, text
 
 BATCH = "has no counterpart in the artifact, which has samples on the first axis"

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from kquant.tf1 import marks
 from kquant.tf1.evaluate import BATCH_NORMS
+from kquant.tf1.flags import evaluated
 from kquant.tf1.match import Found, Matcher
 from kquant.tf1.rewire import readers, redirect
 from kquant.tf1.state import State, scope_of
@@ -81,7 +82,9 @@ def statistics_of(m: Matcher, found: Found) -> tuple[Any, Any] | None:
             known[tensor.name] = tensor
             under_root.update({tensor.name} if rooted else ())
         else:
-            todo += [(t, rooted or tensor.op.type in _ROOTS) for t in tensor.op.inputs]
+            chosen = evaluated(tensor)
+            behind = tensor.op.inputs if chosen is None else [chosen]
+            todo += [(t, rooted or tensor.op.type in _ROOTS) for t in behind]
     if len(known) != 2 or len(under_root) != 1:
         return None
     (variance,) = under_root

@@ -13,19 +13,23 @@ from kquant.core.errors import ModelError
 from kquant.core.graph import Graph, Op, Tensor
 from kquant.tf1 import marks
 from kquant.tf1.evaluate import Evaluator
+from kquant.tf1.flags import is_flag
 from kquant.tf1.graphs import GraphModel, as_model, remembered, tensor_id
 from kquant.tf1.match import Found, Matcher, caller
 from kquant.tf1.norms import batch_norm_of
 from kquant.tf1.quantizers import RangeState, is_waiting
 from kquant.tf1.region import SOURCES, find
+from kquant.tf1.rewire import parts
 from kquant.tf1.statistics import dependents, moving_averages
+from kquant.tf1.write_out import can, copied, write_out, written_out
 
 NAME = "graph"
 
 
 def matcher_of(model: GraphModel, inputs: Any = (), readers: Callable[[Any], bool] = lambda op: True) -> Matcher:
     """A matcher for a graph whose data comes in at `inputs`, or where data can come from at all."""
-    sources = [*inputs, *(t for op in model.graph.get_operations() if op.type in SOURCES for t in op.outputs)]
+    found = [t for op in model.graph.get_operations() if op.type in SOURCES for t in op.outputs]
+    sources = [*inputs, *(t for t in found if not is_flag(t))]
     statistics = moving_averages(model.graph, dependents(sources))
     # Behind the moving averages that stand for batch statistics there are only variables.
     depends = dependents(sources, statistics)
@@ -44,12 +48,36 @@ def complete(model: GraphModel) -> GraphModel:
         )
     elif not (model.inputs and model.outputs):
         inputs, outputs = find(matcher_of(model, model.inputs), model.inputs, model.outputs)
+        names = [(t, written_out(t.op)) for t in outputs]
+        outputs = tuple(t if n is None else t.graph.get_operation_by_name(n).outputs[0] for t, n in names)
         model = replace(model, inputs=inputs, outputs=outputs)
     for tensor in model.inputs:
         if tensor.shape.rank is None:
             fix = "Give its placeholder a shape, with None for sizes that vary"
             raise ModelError(f"input {tensor.name!r}", "a tensor of known rank", "unknown rank", fix)
     return model
+
+
+def legible(value: Any) -> GraphModel:
+    """The model as it can be read: where ops have to be written out for that, in a copy of its graph."""
+    model = as_model(value)
+    if marks.are_in(model.graph) or not can(model.graph):
+        return complete(model)
+    graph = copied(model.graph)
+    ends = {
+        role: tuple(graph.get_tensor_by_name(t.name) for t in getattr(model, role)) for role in ("inputs", "outputs")
+    }
+    model = replace(model, graph=graph, **ends)
+    write_out(graph, matcher_of(model, model.inputs).depends)
+    return complete(model)
+
+
+def to_write_out(model: GraphModel) -> set[str]:
+    """Names of the ops of a graph that have to be written out for what is read of it."""
+    reader = Reader(legible(model))
+    reader.read()
+    ops = [op for found in reader.found.values() for op in parts(found, reader.matcher.depends)]
+    return {name for name in map(written_out, ops) if name is not None}
 
 
 class Reader:
@@ -87,6 +115,8 @@ class Reader:
             self._tensor(tensor)
         outputs = [self._final(t) for t in model.outputs]
         for tensor in outputs:
+            if self.matcher.is_parameter(tensor):
+                raise ModelError(f"tensor {tensor.name!r}", "it must depend on the inputs", "a tensor of weights only")
             self._walk(tensor)
         self._numbers_are_float()
         names = tuple(map(tensor_id, model.outputs))
@@ -113,20 +143,20 @@ class Reader:
                 if self._id(current) not in self.tensors:
                     self._add(self.found[current.name])
                 continue
-            if self.matcher.is_parameter(current):
-                raise ModelError(f"tensor {current.name!r}", "it must depend on the inputs", "a tensor of weights only")
             found = self.found[current.name] = self._match(current)
             stack.append((current, True))
             stack += [(t, False) for t in reversed(found.sources) if isinstance(t, tf.Tensor)]
 
     def _match(self, tensor: Any) -> Found:
-        if tensor.op.type in SOURCES and tensor.dtype == tf.bool:
-            fix = "Build the graph with training=True to train it, and with training=False to evaluate it"
-            raise ModelError("graph", "a graph for training, or one for evaluation", f"a flag, {tensor.name!r}", fix)
         if tensor.op.type in SOURCES:
             fix = f"Add {tensor.name!r} to inputs=, or choose outputs= that do not need it"
             raise ModelError("inputs", "all data that the outputs depend on", f"no {tensor.name!r}", fix)
-        return self.matcher.match(tensor)
+        found = self.matcher.match(tensor)
+        if found.attrs.get("flag"):
+            what = f"{tensor.name!r}, on which a flag decides"
+            fix = "Build the graph with training=True to train it, and with training=False to evaluate it"
+            raise ModelError("graph", "flags that decide on batch norm and dropout only", what, fix)
+        return found
 
     def _tensor(self, tensor: Any) -> str:
         name = self._id(tensor)
@@ -162,7 +192,8 @@ class Reader:
         norm = batch_norm_of(self.matcher, found)
         if norm is not None:
             attrs["batch_norm"] = norm
-        attrs["aliases"] = (found.anchor.name, *found.aliases)
+        named = self._named(found.anchor)
+        attrs["aliases"] = (named.name, found.anchor.name, *found.aliases)
         self.ops.append(
             Op(
                 name,
@@ -171,12 +202,17 @@ class Reader:
                 (name,),
                 attrs,
                 weights,
-                found.anchor.name,
-                found.anchor.type,
+                named.name,
+                named.type,
                 call,
                 found,
             )
         )
+
+    def _named(self, op: Any) -> Any:
+        """The op by whose name and type a config selects: the one that it is a part of."""
+        mark = marks.of(op, marks.PART)
+        return op if mark is None else self.model.graph.get_operation_by_name(mark["of"])
 
     def _range_attrs(self, mark: dict[str, Any]) -> dict[str, Any]:
         spec = mark["spec"]
@@ -236,7 +272,7 @@ def read(value: Any) -> Graph:
     Raises:
         ModelError: a graph in which no model can be found, or a tensor of unknown rank.
     """
-    return read_with_source(complete(as_model(value)))[0]
+    return read_with_source(legible(value))[0]
 
 
 def read_with_source(model: GraphModel) -> tuple[Graph, Reader]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from kquant.core.errors import ModelError
 from kquant.core.int8_spec import row_of
+from kquant.tf1 import marks
+from kquant.tf1.flags import SWITCHES, value_in_evaluation
 from kquant.tf1.match import Matcher
 from kquant.tf1.statistics import dependents
 
@@ -48,7 +50,8 @@ def find(m: Matcher, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple
 
 def _sources(graph: Any) -> list[Any]:
     """Data that can come in: not flags and rates, which are single values."""
-    tensors = [t for op in graph.get_operations() if op.type in SOURCES for t in op.outputs]
+    ops = [op for op in graph.get_operations() if op.type in SOURCES and marks.of(op, marks.EVALUATION) is None]
+    tensors = [t for op in ops for t in op.outputs]
     return [t for t in tensors if t.dtype.name not in ("bool", "string", "resource", "variant") and t.shape.rank != 0]
 
 
@@ -73,16 +76,31 @@ def _outputs(m: Matcher, anchors: list[Any], reached: set[str], inputs: set[str]
     todo = list(anchors)
     while todo:
         for op in todo.pop().consumers():
-            for tensor in op.outputs:
-                if tensor.name not in order and _belongs(m, tensor, foreign):
+            for tensor in _results(op):
+                if tensor.name not in order and _belongs(m, tensor, foreign) and _reads_only(m, tensor, inside):
                     order[tensor.name] = tensor
                     inside.add(tensor.name)
                     todo.append(tensor)
     graph = m.evaluator.graph
     read = {s.name for n in inside - inputs for s in m.match(graph.get_tensor_by_name(n)).sources if hasattr(s, "op")}
     read |= {t.name for t in order.values() if any(r.name in inside for op in t.consumers() for r in op.outputs)}
+    # What an op reads that was written out is not an end, though what it was written out in may read something else.
+    originals = [graph.get_operation_by_name(mark["of"]) for mark in map(_part, graph.get_operations()) if mark]
+    read |= {t.name for op in originals for t in op.inputs}
     ends = sorted((t for name, t in order.items() if name not in read), key=lambda t: t.op._id)
     return tuple(dict.fromkeys(_before_loss(m, t) for t in ends))
+
+
+def _part(op: Any) -> dict[str, Any] | None:
+    return marks.of(op, marks.PART)
+
+
+def _results(op: Any) -> list[Any]:
+    """What an op makes of the model: in a conditional on a flag, what evaluation takes."""
+    if marks.of(op, marks.EVALUATION) is not None:
+        return []
+    value = value_in_evaluation(op.inputs[1]) if op.type in SWITCHES else None
+    return list(op.outputs) if value is None else [op.outputs[int(value)]]
 
 
 def _belongs(m: Matcher, tensor: Any, foreign: set[str]) -> bool:
@@ -94,9 +112,17 @@ def _belongs(m: Matcher, tensor: Any, foreign: set[str]) -> bool:
     return row_of(m.match(tensor).kind).placement.value != "opaque"
 
 
+def _reads_only(m: Matcher, tensor: Any, inside: set[str]) -> bool:
+    """Whether all that makes a tensor belongs to the model; the second operand may be reached after the first."""
+    return all(s.name in inside for s in m.match(tensor).sources if hasattr(s, "op") and not m.is_parameter(s))
+
+
 def _is_read(m: Matcher, tensor: Any) -> bool:
     """Whether others go on from what an unread identity hands on."""
-    (source,) = m.match(tensor).sources
+    found = m.match(tensor)
+    if found.kind != "identity":
+        return False
+    (source,) = found.sources
     return any(op is not tensor.op for op in source.consumers())
 
 

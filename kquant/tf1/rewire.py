@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from kquant.core.errors import ModelError
+from kquant.tf1.flags import CONDITIONALS, evaluated
 from kquant.tf1.match import Found
 
 Slot = tuple[Any, int]  # an op and the index of one of its inputs
@@ -17,14 +18,14 @@ def slots(found: Found, depends: set[str]) -> list[list[Slot]]:
 
     A tensor that is an operand twice (`x + x`) is read at as many inputs as operands, one for each.
     """
-    parts = _parts(found, depends)
+    between = parts(found, depends)
     names = [s.name if isinstance(s, tf.Tensor) else None for s in found.sources]
     result: list[list[Slot]] = []
     for index, name in enumerate(names):
         if name is None:
             result.append([])
             continue
-        places = [(op, i) for op in parts for i, t in enumerate(op.inputs) if t.name == name]
+        places = [(op, i) for op in between for i, t in enumerate(op.inputs) if t.name == name]
         times = names.count(name)
         if times > 1:
             if len(places) != times:
@@ -34,7 +35,7 @@ def slots(found: Found, depends: set[str]) -> list[list[Slot]]:
     return result
 
 
-def _parts(found: Found, depends: set[str]) -> list[Any]:
+def parts(found: Found, depends: set[str]) -> list[Any]:
     """The graph ops between an op's sources and its output, in the order of the graph."""
     stop = {s.name for s in found.sources if isinstance(s, tf.Tensor)}
     todo, seen = [found.output.op], {}
@@ -43,6 +44,9 @@ def _parts(found: Found, depends: set[str]) -> list[Any]:
         if op.name not in seen:
             seen[op.name] = op
             todo += [t.op for t in op.inputs if t.name in depends and t.name not in stop]
+            if op.type in CONDITIONALS:
+                chosen = [evaluated(t) for t in op.outputs if t.name in depends]
+                todo += [t.op for t in chosen if t is not None and t.name not in stop]
     return sorted(seen.values(), key=lambda op: op._id)
 
 

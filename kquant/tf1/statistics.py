@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from kquant.tf1 import marks
+from kquant.tf1.flags import CONDITIONALS, evaluated
 from kquant.tf1.values import variable_of
 
 _ASSIGNS = (
@@ -70,13 +71,31 @@ def _averaged(value: Any, depends: set[str]) -> list[Any]:
 def dependents(sources: list[Any], cut: Collection[str] = ()) -> set[str]:
     """Names of the tensors that depend on any of these, other than through the tensors that are cut."""
     found, todo = {t.name for t in sources}, list(sources)
+    chosen = _chosen(sources[0].graph) if sources else {}
     while todo:
         source = todo.pop()
+        results = [t for t in chosen.get(source.name, ()) if t.name not in found and t.name not in cut]
+        found.update(t.name for t in results)
+        todo += results
         for op in source.consumers():
             made = list(op.outputs)
             if op.type == "IdentityN":  # each output is its own input
                 made = [t for t, x in zip(made, op.inputs, strict=True) if x is source]
+            if op.type in (*CONDITIONALS, "Merge"):  # in evaluation it depends on one of its branches only
+                made = [t for t in made if evaluated(t) is None or evaluated(t) is source]
             fresh = [t for t in made if t.name not in found and t.name not in cut]
             found.update(t.name for t in fresh)
             todo += fresh
     return found
+
+
+def _chosen(graph: Any) -> dict[str, list[Any]]:
+    """For the tensors that end an inlined branch, what comes out of the conditional."""
+    table: dict[str, list[Any]] = {}
+    for op in graph.get_operations():
+        if op.type in CONDITIONALS and marks.of(op, marks.CONDITIONAL) is not None:
+            for tensor in op.outputs:
+                result = evaluated(tensor)
+                if result is not None:
+                    table.setdefault(result.name, []).append(tensor)
+    return table

@@ -189,6 +189,12 @@ def _quantize(e: Emitter, op: IntOp) -> None:
     e.op("QUANTIZE", [e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], version, ("QuantizeOptions", {}))
 
 
+@lowers("parameter")
+def _parameter(e: Emitter, op: IntOp) -> None:
+    """No op: a constant tensor."""
+    e.tensor(op.outputs[0])
+
+
 @lowers("dequantize")
 def _dequantize(e: Emitter, op: IntOp) -> None:
     e.op("DEQUANTIZE", [e.tensor(op.inputs[0])], [e.tensor(op.outputs[0])], 2, ("DequantizeOptions", {}))

@@ -27,6 +27,11 @@ def compare_parameters(model: IntegerModel, file: FileModel) -> tuple[list[str],
         if op.weight is not None and op.kind in LAYOUTS:
             problems += _compare_weights(op, tensors, model)
             checked += 2
+        elif op.kind == "parameter":
+            found = tensors[op.outputs[0]].data
+            if found is None or not np.array_equal(found, model.tensors[op.outputs[0]].constant):
+                problems.append(f"array {op.outputs[0]!r}: its codes in the file are not the trained ones")
+            checked += 1
     return problems, checked
 
 

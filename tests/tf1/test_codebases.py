@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 from tensorflow.python.training import moving_averages
+from tf_keras.src.legacy_tf_layers import core, normalization
 
 import kquant
 
@@ -11,7 +13,7 @@ from .nets import v1
 
 RNG = np.random.default_rng(3)
 IMAGES = RNG.normal(size=(32, 8, 8, 3)).astype(np.float32)
-ROWS = RNG.normal(size=(32, 6, 8)).astype(np.float32)
+WORDS = RNG.normal(size=(32, 6, 8)).astype(np.float32)
 
 
 def weight(name, *shape):
@@ -84,3 +86,195 @@ def test_moving_averages_that_start_at_zero_and_are_debiased(fused, resource, tm
 
     session = trained(build, IMAGES)
     assert checked(session, tmp_path / "model.tflite", IMAGES)[1:] == ["conv2d", "mean", "dense"]
+
+
+# -- ops that are written out in others -------------------------------------------------------------------------------
+
+
+def biased(x, name, size):
+    return tf.nn.bias_add(tf.nn.conv2d(x, weight(name, size, size, x.shape[-1], 6), 1, "SAME"), vector(f"{name}_b", 6))
+
+
+def sum_of_many(x):
+    return tf.nn.relu(tf.add_n([biased(x, "a", 1), biased(x, "b", 3), biased(x, "c", 5)]))
+
+
+def stacked(x):
+    return tf.reshape(tf.stack([biased(x, "a", 1), biased(x, "b", 3)], axis=3), [-1, 8, 8, 12])
+
+
+def squared_difference(x):
+    return tf.math.squared_difference(biased(x, "a", 1), biased(x, "b", 3))
+
+
+def explicitly_padded(x):
+    pads = [[0, 0], [1, 2], [0, 1], [0, 0]]
+    y = tf.nn.relu(tf.nn.conv2d(x, weight("a", 3, 3, 3, 6), [1, 2, 2, 1], pads) + vector("a_b", 6))
+    return tf.nn.depthwise_conv2d(y, weight("b", 3, 3, 6, 1), [1, 1, 1, 1], pads) + vector("b_b", 6)
+
+
+def pixels_to_channels(x):
+    return tf.nn.depth_to_space(tf.nn.space_to_depth(biased(x, "a", 3), 4), 2)
+
+
+def instance_norm(x):
+    y = biased(x, "a", 3)
+    mean, variance = tf.nn.moments(y, [1, 2], keepdims=True)
+    return (y - mean) / tf.sqrt(variance + 1e-3) * vector("gamma", 6, 1.0) + vector("beta", 6)
+
+
+def leaky_by_selection(x):
+    y = biased(x, "a", 3)
+    return tf.where(y > 0.0, y, 0.2 * y)
+
+
+def layer_norm(x):
+    mean, variance = tf.nn.moments(x, [-1], keepdims=True)
+    return (x - mean) * tf.math.rsqrt(variance + 1e-3) * vector("gamma", 8, 1.0) + vector("beta", 8)
+
+
+def layer_norm_as_batch_norm(x):
+    mean, variance = tf.nn.moments(x, [-1], keepdims=True)
+    return tf.nn.batch_normalization(x, mean, variance, vector("beta", 8), vector("gamma", 8, 1.0), 1e-3)
+
+
+def product_by_letters(x):
+    y = tf.nn.relu(tf.einsum("abc,cd->abd", x, weight("a", 8, 12)) + vector("a_b", 12))
+    y = tf.einsum("abc,cde->abde", y, weight("b", 12, 2, 4)) + weight("b_b", 2, 4)
+    return tf.einsum("abde,def->afb", y, weight("c", 2, 4, 8))
+
+
+def attention_by_letters(x):
+    """What `MultiHeadAttention` of tf.keras puts into a graph."""
+    query, key, value = (
+        tf.einsum("abc,cde->abde", x, weight(n, 8, 2, 4)) + weight(f"{n}_b", 2, 4) for n in ("query", "key", "value")
+    )
+    scores = tf.nn.softmax(tf.einsum("aecd,abcd->acbe", key, query * 0.5))
+    return tf.einsum("abcd,cde->abe", tf.einsum("acbe,aecd->abcd", scores, value), weight("out", 2, 4, 8))
+
+
+def trained_positions(x):
+    return x + v1.get_variable("positions", [1, 6, 8], initializer=v1.random_normal_initializer(0, 0.3, seed=1))
+
+
+OF_IMAGES = (
+    sum_of_many, stacked, squared_difference, explicitly_padded, pixels_to_channels, instance_norm, leaky_by_selection,
+)  # fmt: skip
+OF_WORDS = (layer_norm, layer_norm_as_batch_norm, product_by_letters, attention_by_letters, trained_positions)
+
+
+FEW_BITS = (sum_of_many, instance_norm, attention_by_letters)
+CASES = [(f, 8) for f in (*OF_IMAGES, *OF_WORDS)] + [(f, 4) for f in FEW_BITS]
+
+
+@pytest.mark.parametrize(("build", "bits"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_what_is_written_out(build, bits, tmp_path):
+    data = IMAGES if build in OF_IMAGES else WORDS
+    config = [{"q_bits": bits, "op_types": ["default"]}]
+    session = trained(lambda x: head(build(x)), data, config)
+    assert "opaque" not in checked(session, tmp_path / "model.tflite", data)
+
+
+def test_what_is_written_out_keeps_its_name_and_is_only_done_when_it_is_quantized():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 8], name="x")
+        parts = [tf.matmul(x, weight(n, 8, 4)) for n in "abc"]
+        tf.add_n(parts, name="total")
+    count = len(graph.get_operations())
+    kquant.plan(graph, [{"q_bits": 8, "op_types": ["default"]}, {"q_bits": 7, "op_names": ["total"]}])
+    with pytest.raises(kquant.ConfigError, match=r"totals.*'total'"):
+        kquant.QAT_Quantizer([{"q_bits": 7, "op_names": ["totals"]}])(graph)
+    assert len(graph.get_operations()) == count
+    report = kquant.QAT_Quantizer([{"q_bits": 8, "op_types": ["MatMul", "AddN"]}])(graph)
+    assert report.outputs == ("total",)
+    assert report.activations == 6  # the input, three products and two sums
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(y, flag):
+    """Batch norm as it stood in many an answer: `tf.cond` between the batch's statistics and their averages."""
+    mean, variance = tf.nn.moments(y, [0, 1, 2])
+    average = tf.train.ExponentialMovingAverage(0.9)
+
+    def update():
+        with tf.control_dependencies([average.apply([mean, variance])]):
+            return tf.identity(mean), tf.identity(variance)
+
+    mean, variance = tf.cond(flag, update, lambda: (average.average(mean), average.average(variance)))
+    return tf.nn.batch_normalization(y, mean, variance, vector("beta", 6), vector("gamma", 6, 1.0), 1e-3)
+
+
+def by_layers(y, flag):
+    return normalization.batch_normalization(y, training=flag)
+
+
+def by_keras(y, flag):
+    return tf_keras.layers.BatchNormalization()(y, training=flag)
+
+
+@pytest.fixture(params=["switch and merge", "functions"])
+def control_flow(request):
+    """The two forms of conditionals: those of TensorFlow 1, and those that `enable_control_flow_v2` gives."""
+    on = v1.control_flow_v2_enabled()
+    (v1.disable_control_flow_v2 if request.param == "switch and merge" else v1.enable_control_flow_v2)()
+    yield
+    (v1.enable_control_flow_v2 if on else v1.disable_control_flow_v2)()
+
+
+@pytest.mark.parametrize("given", ["placeholder", "default"])
+@pytest.mark.parametrize("norm", [by_hand, by_layers, by_keras])
+@pytest.mark.filterwarnings("ignore:`tf.layers")
+@pytest.mark.filterwarnings("ignore:.*_colocate_with")
+def test_a_flag_that_is_fed_decides_on_batch_norm_and_dropout(norm, given, control_flow, tmp_path):
+    def build(x):
+        flag = v1.placeholder(tf.bool, name="flag")
+        if given == "default":
+            flag = v1.placeholder_with_default(False, [], name="flag_by_default")
+        y = tf.nn.relu(norm(tf.nn.conv2d(x, weight("kernel", 3, 3, 3, 6), 1, "SAME"), flag))
+        return head(core.dropout(y, 0.2, training=flag))
+
+    flag = "flag:0" if given == "placeholder" else "flag_by_default:0"
+    session = trained(build, IMAGES, flags=[flag])
+    assert checked(session, tmp_path / "model.tflite", IMAGES)[1:] == ["conv2d", "mean", "dense"]
+    # The file is the graph with the flag off: the moving averages, and no dropout.
+    graph = session.graph
+    feeds = {graph.get_tensor_by_name("x:0"): IMAGES, graph.get_tensor_by_name(flag): False}
+    kquant.freeze_observers(session)
+    wanted = session.run(graph.get_tensor_by_name("out:0"), feeds)
+    got = kquant.load_artifact(tmp_path / "model.tflite")(IMAGES)
+    assert np.abs(got - wanted).max() <= 0.02 * np.ptp(wanted)  # a few steps of the output
+
+
+def test_a_flag_that_decides_on_more_is_refused(control_flow):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 8])
+        flag = v1.placeholder_with_default(False, [], name="training")
+        w = weight("a", 8, 8)
+        y = tf.cond(flag, lambda: tf.matmul(x, w), lambda: tf.matmul(x, w) * 0.5)
+        tf.matmul(y, weight("b", 8, 3))
+    with pytest.raises(kquant.ModelError, match=r"batch norm and dropout only.*training=True.*a flag decides"):
+        kquant.QAT_Quantizer()(graph)
+
+
+# -- constants --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["add", "subtract", "multiply", "divide"])
+def test_a_constant_is_trained_with_the_values_that_the_file_has(how, tmp_path):
+    array = np.random.default_rng(1).uniform(0.4, 2.0, (6, 8)).astype(np.float32)
+    function = getattr(tf, how)
+    session = trained(lambda x: head(function(x, tf.constant(array), name="op")), WORDS)
+    assert checked(session, tmp_path / "model.tflite", WORDS)[1:] == [how[:3], "mean", "dense"] or how == "divide"
+    used = session.run(session.graph.get_operation_by_name("op").inputs[1])
+    state = kquant.export_state(session)
+    name = next(k for k in state if k.startswith("op/constant") and k.endswith("/codes")).removesuffix("/codes")
+    codes, scale, zero_point = (state[f"{name}/{part}"] for part in ("codes", "scale", "zero_point"))
+    held = (codes.astype(np.float32) - zero_point) * scale
+    np.testing.assert_allclose(used, 1 / held if how == "divide" else held, rtol=1e-6)
+    assert (
+        0 < np.abs(used - array).max() < 0.02
+    )  # about half a step of 1.6 / 255, in its reciprocal up to six times that

@@ -27,6 +27,7 @@ MOST_REFUSED = 0.02
 CANNOT_OCCUR = {
     "recurrent": "a loop has no row in a graph",
     "prelu": "it is written in other ops",
+    "parameter": "the descriptions have no arrays beside layers",
 }
 
 
