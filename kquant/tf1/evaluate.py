@@ -20,6 +20,7 @@ from kquant.tf1.values import Values, variable_of
 
 BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 _GATHERS = ("ResourceGather",)
+_RESIZES = ("ResizeBilinear", "ResizeNearestNeighbor")
 
 
 @dataclass(frozen=True)
@@ -221,6 +222,10 @@ class Evaluator:
         if op.type in _GATHERS:
             table, axis = self._gather(op, node, part)
             node.input[:] = [table, self._resolve(op.inputs[1], arrays, replaced, part), axis]
+        elif op.type in _RESIZES and None not in op.outputs[0].shape.as_list()[1:3]:
+            # The size may be computed from the shape of data that this part does not hold.
+            size = _integers(f"{op.name}/known_size", op.outputs[0].shape.as_list()[1:3], part)
+            node.input[:] = [self._resolve(inputs[0], arrays, replaced, part), size]
         else:
             node.input[:] = [self._resolve(t, arrays, replaced, part) for t in inputs]
         part.nodes[op.name] = node
@@ -231,17 +236,23 @@ class Evaluator:
         dtype = tf.dtypes.as_dtype(variable.get_attr("dtype"))
         table = self._fed(_placeholder(variable.name), dtype.as_numpy_dtype, part)
         part.variables[table.removesuffix(":0")] = variable.name
-        axis = node_def_pb2.NodeDef(name=f"{op.name}/axis", op="Const")
-        axis.attr["dtype"].type = tf.int32.as_datatype_enum
-        axis.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(0, tf.int32))
-        part.nodes[axis.name] = axis
+        axis = _integers(f"{op.name}/axis", 0, part)
         node.op = "GatherV2"
         for attribute in [a for a in node.attr if a != "batch_dims"]:
             del node.attr[attribute]
         node.attr["Tparams"].type = dtype.as_datatype_enum
         node.attr["Tindices"].type = op.inputs[1].dtype.as_datatype_enum
         node.attr["Taxis"].type = tf.int32.as_datatype_enum
-        return table, f"{axis.name}:0"
+        return table, axis
+
+
+def _integers(name: str, value: Any, part: _Nodes) -> str:
+    """The name of an integer constant in the part."""
+    node = node_def_pb2.NodeDef(name=name, op="Const")
+    node.attr["dtype"].type = tf.int32.as_datatype_enum
+    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, tf.int32))
+    part.nodes[name] = node
+    return f"{name}:0"
 
 
 def _placeholder(name: str) -> str:

@@ -100,7 +100,10 @@ def _results(op: Any) -> list[Any]:
     if marks.of(op, marks.EVALUATION) is not None:
         return []
     value = value_in_evaluation(op.inputs[1]) if op.type in SWITCHES else None
-    return list(op.outputs) if value is None else [op.outputs[int(value)]]
+    if value is None:
+        return list(op.outputs)
+    taken = op.outputs[int(value)]
+    return [taken] if taken.consumers() else []
 
 
 def _belongs(m: Matcher, tensor: Any, foreign: set[str]) -> bool:

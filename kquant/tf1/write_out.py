@@ -32,7 +32,7 @@ def copied(graph: Any) -> Any:
 
 def can(graph: Any) -> bool:
     """Whether a graph holds ops that may have to be written out."""
-    return any(op.type in FORMS or _is_open(op) for op in graph.get_operations())
+    return any(_is_open(op) or (op.type in FORMS and FORMS[op.type](op) is not None) for op in graph.get_operations())
 
 
 def write_out(graph: Any, depends: set[str], only: Collection[str] | None = None) -> None:
