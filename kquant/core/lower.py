@@ -150,6 +150,9 @@ class Lowering:
         return affine != self.states[stage.anchor.inputs[0]].affine
 
     def _float(self, stage: Stage, reason: str) -> None:
+        if stage.anchor.kind == "parameter":
+            self._parameter(stage, None)
+            return
         for op in stage.ops:
             self.floats[op.id] = reason
             inputs = tuple(self._operand_float(t) for t in op.inputs)
@@ -159,6 +162,10 @@ class Lowering:
             )
 
     def _operand_float(self, tensor: str) -> str:
+        value = self.graph.tensors[tensor].constant
+        if value is not None:
+            self.tensors[tensor] = IntTensor(tensor, value.shape, str(value.dtype), None, value)
+            return tensor
         state = self.states.get(tensor)
         if state is None or state.affine is None:
             return tensor if state is None else state.tensor
@@ -259,7 +266,7 @@ class Lowering:
         )  # fmt: skip
         self._clamped(made, affine, self._shape(stage.output), False)
 
-    def _parameter(self, stage: Stage, affine: Affine) -> None:
+    def _parameter(self, stage: Stage, affine: Affine | None) -> None:
         value = np.asarray(stage.anchor.call([])[0], np.float32)
         check_finite(stage.anchor, value=value)
         self._add(
@@ -267,8 +274,8 @@ class Lowering:
             [affine],
             [self._shape(stage.output)],
         )
-        held = replace(self.tensors[stage.output], constant=affine.quantize(value))
-        self.tensors[stage.output] = held
+        codes = value if affine is None else affine.quantize(value)
+        self.tensors[stage.output] = replace(self.tensors[stage.output], constant=codes)
 
     def _fold(self, stage: Stage, source: str, affine: Affine) -> IntWeight:
         return fold(stage, known(self.tensors[source].affine), affine, self.target.accumulator)

@@ -37,6 +37,10 @@ def weights_only(graph: Graph) -> IntegerModel:
         anchor = stage.anchor
         if anchor.kind in ("fake_quant", "identity"):
             alias[anchor.output] = alias[anchor.inputs[0]]
+        elif anchor.kind == "parameter":
+            value = np.asarray(anchor.call([])[0], np.float32)
+            ops.append(IntOp(anchor.output, "parameter", (), anchor.outputs, parts=stage.ops))
+            tensors[anchor.output] = IntTensor(anchor.output, value.shape, "float32", None, value)
         elif anchor.kind in KINDS and "codes" in anchor.attrs:
             add(_weighted(stage, alias))
         else:

@@ -11,8 +11,13 @@ from kquant.tflite.emit import Emitter, lowers
 from kquant.tflite.flatbuffer import FileModel, decode
 
 
-def converted(op: IntOp, specs: list[tuple[Any, str]]) -> FileModel:
+def converted(op: IntOp, specs: list[tuple[Any, str]], constants: list[Any]) -> FileModel:
     """A trained op as a float TFLite graph.
+
+    Args:
+        op: the op.
+        specs: shape and dtype of each input that is computed.
+        constants: of all its inputs the value, or None for those.
 
     Raises:
         ExportError: an op that the converter cannot write in builtin ops without control flow.
@@ -24,7 +29,9 @@ def converted(op: IntOp, specs: list[tuple[Any, str]]) -> FileModel:
 
     @tf.function(input_signature=signature, autograph=False)
     def function(*values: Any) -> list[Any]:
-        return [tf.identity(y) for y in part.call(list(values))]
+        computed = iter(values)
+        inputs = [next(computed) if c is None else tf.constant(c) for c in constants]
+        return [tf.identity(y) for y in part.call(inputs)]
 
     try:
         converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], function)
@@ -49,7 +56,8 @@ def converted(op: IntOp, specs: list[tuple[Any, str]]) -> FileModel:
 @lowers("float")
 def _float(e: Emitter, op: IntOp) -> None:
     reads = [t for t in op.inputs if e.model.tensors[t].constant is None]
-    file = converted(op, [(e.shape(t), e.model.tensors[t].dtype) for t in reads])
+    constants = [e.model.tensors[t].constant for t in op.inputs]
+    file = converted(op, [(e.shape(t), e.model.tensors[t].dtype) for t in reads], constants)
     given = dict(zip(file.inputs, map(e.tensor, reads), strict=True))
     made = dict(zip(file.outputs, map(e.tensor, op.outputs), strict=True))
     table = {-1: -1, **given, **made}

@@ -283,3 +283,38 @@ def test_a_constant_is_trained_with_the_values_that_the_file_has(how, tmp_path):
     assert (
         0 < np.abs(used - array).max() < 0.02
     )  # about half a step of 1.6 / 255, in its reciprocal up to six times that
+
+
+@pytest.mark.parametrize("array", ["constant", "trained"])
+def test_an_array_beside_an_op_that_stays_float(array, tmp_path):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 6, 8], name="x")
+        other = tf.constant(WORDS[0]) if array == "constant" else weight("array", 6, 8)
+        head(tf.add(x, other, name="plus"))
+        session = v1.Session()
+        session.run(v1.global_variables_initializer())
+        config = [{"q_bits": 8, "op_types": "default"}, {"op_names": ["plus"], "exclude": True}]
+        kquant.QAT_Quantizer(config)(graph, WORDS, training=False, session=session)
+    path = tmp_path / "model.tflite"
+    with pytest.raises(kquant.ExportError, match="plus: the config leaves it in float"):
+        kquant.export_tflite(session, path)
+    kquant.export_tflite(session, path, allow_float=True)
+    assert kquant.verify(session, path, WORDS).ok
+    kquant.export_tflite(session, path, weights_only=True)
+    assert kquant.verify(session, path, WORDS).ok
+
+
+def test_a_trained_array_that_was_changed_in_the_file_is_found(tmp_path):
+    session = trained(lambda x: head(trained_positions(x)), WORDS)
+    path = tmp_path / "model.tflite"
+    assert checked(session, path, WORDS)[1] == "parameter"
+    content = bytearray(path.read_bytes())
+    state = kquant.export_state(session)
+    codes = next(v for k, v in state.items() if "add" in k and k.endswith("ReadVariableOp/codes"))
+    where = bytes(content).index(codes.astype(np.int8).tobytes())
+    content[where] ^= 1
+    path.write_bytes(bytes(content))
+    report = kquant.verify(session, path, WORDS)
+    assert not report.ok
+    assert any("its codes in the file are not the trained ones" in p for p in report.problems)
