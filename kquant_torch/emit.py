@@ -339,4 +339,7 @@ def _softmax(e: Emitter, op: IntOp) -> str:
     scale, _ = e.grid(op.inputs[0])
     beta = float(op.attrs.get("beta", 1.0))
     units = np.round(np.exp(-np.arange(256) * scale * beta) * 2.0**23).astype(np.int32)
-    return e.call("softmax", e.codes(op.inputs[0]), e.array(f"{op.id}/table", units), int(op.attrs["dim"]))
+    x, table, dim = e.codes(op.inputs[0]), e.array(f"{op.id}/table", units), int(op.attrs["dim"])
+    if "mask" not in op.attrs:
+        return e.call("softmax", x, table, dim)
+    return e.call("masked_softmax", x, table, e.array(f"{op.id}/mask", op.attrs["mask"].astype(np.int32)), dim)

@@ -61,7 +61,11 @@ def _relu(e: Emitter, op: Op, x: list[str]) -> str:
 
 
 def _softmax(e: Emitter, op: Op, x: list[str]) -> str:
-    return f"torch.softmax(torch.mul({x[0]}, {literal(float(op.attrs.get('beta', 1.0)))}), {op.attrs['dim']})"
+    scores = f"torch.mul({x[0]}, {literal(float(op.attrs.get('beta', 1.0)))})"
+    if "mask" in op.attrs:
+        added = np.where(op.attrs["mask"], 0.0, -np.inf).astype(np.float32)
+        scores = f"torch.add({scores}, {e.array(f'{op.id}/mask', added)})"
+    return f"torch.softmax({scores}, {op.attrs['dim']})"
 
 
 def _reduced(e: Emitter, op: Op, x: list[str]) -> str:

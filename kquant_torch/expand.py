@@ -6,6 +6,7 @@ chain of mean, difference, square, mean, reciprocal root and product, with a qua
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -82,10 +83,15 @@ def expands(*names: str) -> Callable[[Expander], Expander]:
     return enter
 
 
+def load_expanders() -> None:
+    """Import the modules that enter their expanders, which need this one."""
+    for name in ("attention", "layers", "norms", "pools", "shapes"):
+        importlib.import_module(f"kquant_torch.expand_{name}")
+
+
 def expand(model: nn.Module, code: fx.Graph, inputs: Inputs) -> None:
     """Rewrite all composites of a graph, in place, until none is left."""
-    from kquant_torch import expand_layers, expand_norms, expand_pools, expand_shapes  # noqa: F401  they enter theirs
-
+    load_expanders()
     found = [True]
     while any(found):
         propagate(model, code, inputs.values)

@@ -1,4 +1,4 @@
-"""Composite layers that compute: products, gates, attention."""
+"""Composite layers that compute: products, gates, extremes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from torch import fx, nn
 
 from kquant_torch.expand import Site, expands, expands_module, is_parameter
 from kquant_torch.expand_norms import affine
-from kquant_torch.functions import scaled_softmax
 from kquant_torch.handlers import function_name
-from kquant_torch.modes import dropout_of
 from kquant_torch.trace import Described
-from kquant_torch.tracer import NotTraceable
 
 # -- products -------------------------------------------------------------------------------------------------------
 
@@ -128,89 +125,3 @@ def _extreme(site: Site, input: Any, dim: Any = None, keepdim: bool = False, oth
         return None
     found = (torch.amax if largest else torch.amin)(input, dim, keepdim=keepdim)
     return {0: found, "values": found}
-
-
-# -- attention ------------------------------------------------------------------------------------------------------
-
-
-def _attention(q: Any, k: Any, v: Any, scale: float, dropout: float = 0.0) -> Any:
-    scores = torch.matmul(q, torch.transpose(k, -2, -1))
-    weights = scores.tracer.create_proxy("call_function", scaled_softmax, (scores, float(scale), -1), {})
-    if dropout:
-        weights = scores.tracer.create_proxy("call_function", F.dropout, (weights, dropout), {"training": "follow"})
-    return torch.matmul(weights, v)
-
-
-@expands("scaled_dot_product_attention")
-def _sdpa(
-    site: Site, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0,
-    is_causal: bool = False, scale: Any = None, enable_gqa: bool = False,
-) -> Any:  # fmt: skip
-    dropout = dropout_of(site.node)
-    if attn_mask is not None or is_causal or enable_gqa or dropout_p != 0.0:
-        if dropout:
-            raise NotTraceable("an attention with a mask drops out weights in training only")
-        return None
-    return _attention(query, key, value, site.shape(query)[-1] ** -0.5 if scale is None else scale, dropout)
-
-
-@expands_module(nn.MultiheadAttention)
-def _multi_head(
-    site: Site, query: Any, key: Any, value: Any, key_padding_mask: Any = None, need_weights: bool = True,
-    attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
-) -> Any:  # fmt: skip
-    m, node = site.module, site.node
-    wants_scores = any(user.args[1:] != (0,) and user.users for user in node.users)
-    special = m.bias_k is not None or m.add_zero_attn or not m._qkv_same_embed_dim
-    masked = key_padding_mask is not None or attn_mask is not None or is_causal
-    if wants_scores or special or masked or not m.batch_first or len(site.shape(query)) != 3:
-        return None
-    size, heads = m.embed_dim, m.num_heads
-    weight, bias = site.parameter("in_proj_weight"), site.parameter("in_proj_bias")
-    parts = []
-    for i, x in enumerate((query, key, value)):
-        rows = slice(i * size, (i + 1) * size)
-        y = F.linear(x, weight[rows], None if bias is None else bias[rows])
-        y = torch.reshape(y, (-1, site.shape(x)[1], heads, size // heads))
-        parts.append(torch.transpose(y, 1, 2))
-    y = _attention(*parts, (size // heads) ** -0.5, m.dropout)
-    y = torch.reshape(torch.transpose(y, 1, 2), (-1, site.shape(query)[1], size))
-    out = F.linear(y, *(_child_parameter(site, "out_proj", n) for n in ("weight", "bias")))
-    return (out, None)
-
-
-def _child_parameter(site: Site, child: str, name: str) -> Any:
-    if getattr(getattr(site.module, child), name) is None:
-        return None
-    return site.get(f"{child}.{name}")
-
-
-@expands_module(nn.TransformerEncoder)
-def _encoder(site: Site, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None) -> Any:
-    if mask is not None or src_key_padding_mask is not None or is_causal:
-        return None
-    x = src
-    for i in range(len(site.module.layers)):
-        x = site.call(f"layers.{i}", x)
-    return x if site.module.norm is None else site.call("norm", x)
-
-
-@expands_module(nn.TransformerEncoderLayer)
-def _encoder_layer(
-    site: Site, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
-) -> Any:
-    if src_mask is not None or src_key_padding_mask is not None or is_causal:
-        return None
-
-    def attend(x: Any) -> Any:
-        return site.call("dropout1", site.call("self_attn", x, x, x)[0])
-
-    def feed(x: Any) -> Any:
-        hidden = site.module.activation(site.call("linear1", x))
-        return site.call("dropout2", site.call("linear2", site.call("dropout", hidden)))
-
-    if site.module.norm_first:
-        x = src + attend(site.call("norm1", src))
-        return x + feed(site.call("norm2", x))
-    x = site.call("norm1", src + attend(src))
-    return site.call("norm2", x + feed(x))

@@ -65,6 +65,11 @@ def _item_of_moved(site: Site, input: Any, key: Any) -> Any:
     return found if found is None or not rest else found[tuple(rest)]
 
 
+@expands("getattr")
+def _matrix_transpose(site: Site, input: Any, name: str) -> Any:
+    return torch.transpose(input, -1, -2) if name == "mT" else None
+
+
 @expands("sum", "mean")
 def _over_a_stack(site: Site, input: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None) -> Any:
     """A sum or mean over tensors that were stacked before the batch."""

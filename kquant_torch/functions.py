@@ -37,6 +37,11 @@ def scaled_softmax(x: torch.Tensor, beta: float, dim: int) -> torch.Tensor:
     return torch.softmax(x * beta, dim)
 
 
+def masked_softmax(x: torch.Tensor, keep: torch.Tensor, beta: float, dim: int) -> torch.Tensor:
+    """`softmax(beta * x)` over those for which `keep` is True; the others get 0."""
+    return torch.softmax(torch.masked_fill(x * beta, torch.logical_not(keep), float("-inf")), dim)
+
+
 def channel_affine(x: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None, axis: int) -> torch.Tensor:
     """`x * scale + offset` with one value per channel of `axis`; either may be None. The tail of a normalization."""
     shape = [1] * x.ndim
@@ -83,4 +88,5 @@ OURS = (
     norm_of,
     run_pre_hooks,
     run_hooks,
+    masked_softmax,
 )

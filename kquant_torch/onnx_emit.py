@@ -265,6 +265,9 @@ def _softmax(e: OnnxEmitter, op: IntOp) -> str:
     real, beta = e.real(op.inputs[0]), float(op.attrs.get("beta", 1.0))
     if beta != 1.0:
         real = e.node("Mul", [real, e.array(f"{op.id}/beta", np.float32(beta))], f"{op.id}/scaled")
+    if "mask" in op.attrs:
+        limits = [e.array(f"{op.id}/mask", op.attrs["mask"]), real, e.array(f"{op.id}/never", np.float32(-np.inf))]
+        real = e.node("Where", limits, f"{op.id}/kept")
     return e.quantized(op, e.node("Softmax", [real], f"{op.id}/sum", axis=op.attrs["dim"]))
 
 

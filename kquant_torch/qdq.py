@@ -75,6 +75,13 @@ def _max_pool(op: IntOp, x: Any) -> Any:
     return MAX_POOLS[op.attrs["rank"] - 1](x, ceil_mode=bool(op.attrs["ceil_mode"]), **settings)
 
 
+def _softmax(op: IntOp, x: Any) -> Any:
+    x = x * float(op.attrs.get("beta", 1.0))
+    if "mask" in op.attrs:
+        x = torch.where(torch.as_tensor(op.attrs["mask"]), x, float("-inf"))
+    return torch.softmax(x, op.attrs["dim"])
+
+
 def _average_pool(op: IntOp, x: Any) -> Any:
     return AVERAGE_POOLS[op.attrs["rank"] - 1](x, **_chosen(op, "kernel_size", "stride", "padding"))
 
@@ -91,7 +98,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "batch_matmul": lambda op, a, b: torch.matmul(a, b),
     "mean": lambda op, x: x.mean(op.attrs["dim"], keepdim=op.attrs["keepdim"]),
     "sum": lambda op, x: x.sum(op.attrs["dim"], keepdim=op.attrs["keepdim"]),
-    "softmax": lambda op, x: torch.softmax(x * float(op.attrs.get("beta", 1.0)), op.attrs["dim"]),
+    "softmax": _softmax,
     "relu": lambda op, x: torch.relu(x),
     "max_pool2d": _max_pool,
     "avg_pool2d": _average_pool,

@@ -29,7 +29,8 @@ Arithmetic and functions:
     elementwise: `fn`, a name such as `gelu`, `gelu_tanh`, `silu`, `hardswish`, `elu`, `leaky_relu`, `rsqrt`; `call`
         evaluates it on any shape.
     relu: `fn` = "relu", `max`: 6.0 for ReLU6, another limit, or None.
-    sigmoid, tanh: nothing. softmax: `dim`, `beta` (the factor of its input).
+    sigmoid, tanh: nothing. softmax: `dim`, `beta` (the factor of its input), and perhaps
+        `mask` (a bool array, True where a value counts; the others give 0).
 
 Windows and shapes:
     max_pool2d: `rank`, `kernel_size`, `stride`, `padding`, `dilation`, `ceil_mode`.

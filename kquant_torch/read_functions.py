@@ -288,6 +288,13 @@ def _scaled_softmax(r: Reader, node: fx.Node, x: Any, beta: float, dim: int) -> 
     return r.add("softmax", node, [x], {"dim": dim % r.rank(node), "beta": float(beta)})
 
 
+@reads("masked_softmax")
+def _masked_softmax(r: Reader, node: fx.Node, x: Any, keep: Any, beta: float, dim: int) -> Any:
+    mask = r.parameter(keep) > 0
+    mask = mask.reshape((1,) * (r.rank(node) - mask.ndim) + mask.shape)
+    return r.add("softmax", node, [x], {"dim": dim % r.rank(node), "beta": float(beta), "mask": mask})
+
+
 # -- reductions -----------------------------------------------------------------------------------------------------
 
 REDUCTIONS = {"mean": "mean", "sum": "sum", "amax": "reduce_max", "amin": "reduce_min"}

@@ -101,6 +101,18 @@ def softmax(x: Tensor, table: Tensor, dim: int) -> Tensor:
   code = torch.floor_divide(torch.add(torch.mul(e, 512), total), torch.mul(total, 2))
   return torch.to(torch.clamp_(code, 0, 255), 0)
 """)
+# `mask` is 1 where a code counts, else 0; in each row one counts at least. The codes of the others are taken for 0,
+# which none is below, so the greatest of all is the greatest of those that count.
+_enter("""
+def masked_softmax(x: Tensor, table: Tensor, mask: Tensor, dim: int) -> Tensor:
+  kept = torch.mul(torch.to(x, 3), mask)
+  distance = torch.sub(torch.amax(kept, [dim], True), kept)
+  found = torch.to(torch.index_select(table, 0, torch.reshape(distance, [-1])), 4)
+  e = torch.mul(torch.reshape(found, torch.size(x)), mask)
+  total = torch.sum(e, [dim], True)
+  code = torch.floor_divide(torch.add(torch.mul(e, 512), total), torch.mul(total, 2))
+  return torch.to(torch.clamp_(code, 0, 255), 0)
+""")
 # One factor per channel along an axis: a depthwise kernel over an image of one row.
 _enter("""
 def channel_affine(

@@ -120,9 +120,9 @@ def _trace_once(
 
 def is_composite(model: nn.Module) -> bool:
     """Whether a model is itself a layer that is rewritten as the functions that it is made of."""
-    from kquant_torch import expand_layers  # noqa: F401  it enters its expanders
-    from kquant_torch.expand import MODULES
+    from kquant_torch.expand import MODULES, load_expanders
 
+    load_expanders()
     return type(model) in MODULES
 
 

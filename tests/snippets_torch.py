@@ -201,6 +201,16 @@ LAYERS = {
         tokens,
         ["softmax"] * 2 + ["identity"] * 8,
     ),
+    "masked encoder": (
+        lambda: One(
+            lambda m, x: m.e(x, mask=nn.Transformer.generate_square_subsequent_mask(5)),
+            e=nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False
+            ),
+        ),
+        tokens,
+        ["softmax", "identity"],
+    ),
     "encoder layer": (
         lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
         tokens,
@@ -423,6 +433,39 @@ FUNCTIONS = {
         t=lambda: nn.Parameter(torch.randn(1, 1, 8)),
     ),
     "expand": one(lambda m, x: m.c(x).mean(1, keepdim=True).expand(-1, 4, -1, -1), ["conv2d", "mean", "tile"], **_CONV),
+    "causal attention": one(
+        lambda m, x: F.scaled_dot_product_attention(m.l(x), x, x, is_causal=True),
+        ["batch_matmul", "softmax"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+    ),
+    "attention with a bias": one(
+        lambda m, x: F.scaled_dot_product_attention(m.l(x), x, x, m.b),
+        ["mul", "add", "softmax"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        b=lambda: nn.Parameter(torch.randn(5, 5)),
+    ),
+    "attention with a bias and a mask": one(
+        lambda m, x: F.scaled_dot_product_attention(m.l(x), x, x, m.b),
+        ["mul", "add", "softmax"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        b=lambda: torch.randn(5, 5).masked_fill(torch.eye(5) > 0, float("-inf")),
+    ),
+    "masked_fill": one(
+        lambda m, x: F.softmax((m.l(x) @ x.mT * 0.4).masked_fill(m.k[:, : x.size(1), :5] == 0, float("-inf")), -1) @ x,
+        ["batch_matmul", "mul", "softmax", "batch_matmul"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        k=lambda: torch.tril(torch.ones(1, 7, 7)),
+    ),
+    "mask that is added": one(
+        lambda m, x: torch.softmax(m.l(x) + torch.triu(torch.full((5, 8), -1e9), 3), dim=2),
+        ["dense", "softmax"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+    ),
     "softmax": one(lambda m, x: F.softmax(m.l(x), dim=-1), ["dense", "softmax"], rows, l=lambda: nn.Linear(6, 4)),
     "functional dropout": one(lambda m, x: F.dropout(m.c(x), 0.5, m.training), ["conv2d", "identity"], **_CONV),
     "called twice": one(lambda m, x: m.c(m.c(x)), ["conv2d", "conv2d"], **_CONV),

@@ -25,7 +25,7 @@ CHOSEN = (
     "average pool", "adaptive pools", "upsample nearest", "upsample bilinear", "paddings", "pixel shuffle",
     "activation relu6", "activation sigmoid", "activation softmax", "x - y", "x * y", "scalars", "maximum",
     "grouped transposed conv", "transposed conv + norm", "adaptive average of unlike windows", "log_softmax",
-    "tied embedding", "cat with constants", "position",
+    "tied embedding", "cat with constants", "position", "causal attention",
     "cat", "slices", "gather", "sum", "amax", "matmul", "class token", "expand",
 )  # fmt: skip
 

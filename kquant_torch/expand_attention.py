@@ -1,0 +1,177 @@
+"""Attention, rewritten as its products and a softmax, which leaves out what a constant mask says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name that everybody uses
+from torch import fx, nn
+
+from kquant_torch.expand import Site, expands, expands_module, is_parameter
+from kquant_torch.functions import masked_softmax, scaled_softmax
+from kquant_torch.handlers import function_name
+from kquant_torch.modes import dropout_of
+from kquant_torch.reader import Reader
+from kquant_torch.tracer import NotTraceable
+
+NEVER = -1e4  # what is added to a score to leave it out: minus infinity, or a number as people write instead
+
+# -- masks ----------------------------------------------------------------------------------------------------------
+
+
+def _value(site: Site, proxy: Any) -> torch.Tensor:
+    """The present value of a tensor of parameters and constants."""
+    return Reader(site.model, site.node.graph, frozenset(), ()).run(proxy.node, {})
+
+
+def _softmax(site: Site, scores: Any, beta: float, dim: int, mask: Any = None, keeps: bool = True) -> Any:
+    """`softmax(beta * scores)`, with a mask: True (False unless `keeps`) where a score counts, or what is added to it.
+
+    `dim` counts from the last axis, -1. None for a mask that follows the model's inputs, or leaves nothing of a row.
+    """
+    tracer = scores.tracer
+    if mask is None:
+        return tracer.create_proxy("call_function", scaled_softmax, (scores, float(beta), dim), {})
+    if not is_parameter(mask):
+        return None
+    value = _value(site, mask)
+    if value.dtype == torch.bool:
+        keep, kept = (mask, value) if keeps else (torch.logical_not(mask), ~value)
+    else:
+        keep, kept = mask > NEVER, value > NEVER
+        bias = torch.where(kept, value, torch.zeros_like(value))
+        if bias.abs().max() > 0:
+            scores = (scores if beta == 1.0 else scores * float(beta)) + (mask if kept.all() else site.constant(bias))
+            beta = 1.0
+        if kept.all():
+            return tracer.create_proxy("call_function", scaled_softmax, (scores, float(beta), dim), {})
+    whole = kept.reshape((1,) * (-dim - kept.ndim) + tuple(kept.shape))
+    if not whole.any(dim).all():
+        return None
+    return tracer.create_proxy("call_function", masked_softmax, (scores, keep, float(beta), dim), {})
+
+
+@expands("softmax")
+def _softmax_of_masked(site: Site, input: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Any:
+    """A softmax of scores that were filled with minus infinity where a constant mask is True, or got it added."""
+    node, name = input.node, function_name(input.node)
+    given = [fx.Proxy(n, site.tracer) if isinstance(n, fx.Node) else n for n in node.args]
+    rank = len(site.shape(input))
+    if dim is None or dtype is not None or dim % rank == 0 or node.kwargs:
+        return None
+    dim = dim % rank - rank
+    if name == "masked_fill" and len(given) == 3 and _is_never(given[2]):
+        return _softmax(site, given[0], 1.0, dim, given[1], keeps=False)
+    if name == "where" and len(given) == 3 and _is_never(given[2]):
+        return _softmax(site, given[1], 1.0, dim, given[0])
+    if name in ("add", "radd") and len(given) == 2:
+        scores, mask = given if not is_parameter(given[0]) else given[::-1]
+        if is_parameter(mask) and bool((_value(site, mask) <= NEVER).any()):
+            return _softmax(site, scores, 1.0, dim, mask)
+    return None
+
+
+def _is_never(value: Any) -> bool:
+    return isinstance(value, float | int) and value <= NEVER
+
+
+@expands_module(nn.Softmax)
+def _softmax_module(site: Site, input: Any) -> Any:
+    return _softmax_of_masked(site, input, site.module.dim)
+
+
+# -- attention ------------------------------------------------------------------------------------------------------
+
+
+def _attention(
+    site: Site, q: Any, k: Any, v: Any, scale: float, dropout: float = 0.0, mask: Any = None, keeps: bool = True
+) -> Any:  # fmt: skip
+    weights = _softmax(site, torch.matmul(q, torch.transpose(k, -2, -1)), scale, -1, mask, keeps)
+    if weights is not None and dropout:
+        tracer = weights.tracer
+        weights = tracer.create_proxy("call_function", F.dropout, (weights, dropout), {"training": "follow"})
+    return None if weights is None else torch.matmul(weights, v)
+
+
+@expands("scaled_dot_product_attention")
+def _sdpa(
+    site: Site, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0,
+    is_causal: bool = False, scale: Any = None, enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    dropout = dropout_of(site.node)
+    made = None
+    if is_causal and attn_mask is None:
+        sizes = site.shape(query)[-2], site.shape(key)[-2]
+        attn_mask = site.constant(torch.ones(sizes, dtype=torch.bool).tril())
+    if not enable_gqa and dropout_p == 0.0:
+        scale = site.shape(query)[-1] ** -0.5 if scale is None else scale
+        made = _attention(site, query, key, value, scale, dropout, attn_mask)
+    if made is None and dropout:
+        raise NotTraceable("an attention drops out weights in training only, and its mask is not a constant")
+    return made
+
+
+@expands_module(nn.MultiheadAttention)
+def _multi_head(
+    site: Site, query: Any, key: Any, value: Any, key_padding_mask: Any = None, need_weights: bool = True,
+    attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> Any:  # fmt: skip
+    m, node = site.module, site.node
+    wants_scores = any(user.args[1:] != (0,) and user.users for user in node.users)
+    special = m.bias_k is not None or m.add_zero_attn or not m._qkv_same_embed_dim
+    masked = key_padding_mask is not None or (attn_mask is not None and len(site.shape(attn_mask)) != 2)
+    if wants_scores or special or masked or not m.batch_first or len(site.shape(query)) != 3:
+        return None
+    size, heads = m.embed_dim, m.num_heads
+    weight, bias = site.parameter("in_proj_weight"), site.parameter("in_proj_bias")
+    parts = []
+    for i, x in enumerate((query, key, value)):
+        rows = slice(i * size, (i + 1) * size)
+        y = F.linear(x, weight[rows], None if bias is None else bias[rows])
+        y = torch.reshape(y, (-1, site.shape(x)[1], heads, size // heads))
+        parts.append(torch.transpose(y, 1, 2))
+    y = _attention(site, *parts, (size // heads) ** -0.5, m.dropout, attn_mask, keeps=False)
+    if y is None:
+        return None
+    y = torch.reshape(torch.transpose(y, 1, 2), (-1, site.shape(query)[1], size))
+    out = F.linear(y, *(_child_parameter(site, "out_proj", n) for n in ("weight", "bias")))
+    return (out, None)
+
+
+def _child_parameter(site: Site, child: str, name: str) -> Any:
+    if getattr(getattr(site.module, child), name) is None:
+        return None
+    return site.get(f"{child}.{name}")
+
+
+@expands_module(nn.TransformerEncoder)
+def _encoder(site: Site, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None) -> Any:
+    if src_key_padding_mask is not None:
+        return None
+    x = src
+    for i in range(len(site.module.layers)):
+        x = site.call(f"layers.{i}", x) if mask is None else site.call(f"layers.{i}", x, mask)
+    return x if site.module.norm is None else site.call("norm", x)
+
+
+@expands_module(nn.TransformerEncoderLayer)
+def _encoder_layer(
+    site: Site, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
+) -> Any:
+    if src_key_padding_mask is not None:
+        return None
+
+    def attend(x: Any) -> Any:
+        masked = () if src_mask is None else (None, False, src_mask)  # padding mask, whether weights are wanted, mask
+        return site.call("dropout1", site.call("self_attn", x, x, x, *masked)[0])
+
+    def feed(x: Any) -> Any:
+        hidden = site.module.activation(site.call("linear1", x))
+        return site.call("dropout2", site.call("linear2", site.call("dropout", hidden)))
+
+    if site.module.norm_first:
+        x = src + attend(site.call("norm1", src))
+        return x + feed(site.call("norm2", x))
+    x = site.call("norm1", src + attend(src))
+    return site.call("norm2", x + feed(x))
