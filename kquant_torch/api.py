@@ -167,7 +167,7 @@ def wrap(
             `"percentile"`, `"mse"`, `"ema"`.
         portable: weight codes within ±63, so that the artifact gives the same values on CPUs without VNNI.
         target: `"onednn"`; or `"onednn_fused"`, where a sum is computed by the convolution before it, whose own output
-            is not quantized then: faster, other values than every other artifact's, and TorchScript only.
+            is not quantized then: a kernel less for each, other values than every other artifact's, TorchScript only.
 
     Returns:
         A module of a subclass of the model's own class, with the same modules, parameters, attributes and hooks.
