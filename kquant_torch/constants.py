@@ -33,7 +33,7 @@ class _Hold(torch.autograd.Function):
 
 
 class ConstantQuantizer(nn.Module):
-    """Fake quantization of a buffer, or of a parameter that is added or multiplied: `core.lower.constant_affine`.
+    """Fake quantization of a buffer, or of a parameter that is added or multiplied: `core.constants.constant_affine`.
 
     It has no state: the range is that of the present values.
     """

@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 
 from kquant.core.affine import INT8_MAX, Affine
-from kquant.core.errors import RangeError, UnsupportedError
+from kquant.core.constants import constant_affine
 from kquant.core.fold import check_finite, fold
 from kquant.core.graph import Graph, Op, Shape
 from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
+from kquant.core.tables import function_table, slope_table
 from kquant.core.target import TFLITE, Target
 
-ON_GRID = 1e-3  # steps: a constant on its grid, whose ends are found again only to a few units in the last place
 COARSE_UNIT = 0.02  # output codes: half of it is what a bias may be off by
-LARGEST_TABLE = 2**22  # bytes
-ARITHMETIC = ("add", "sub", "mul")  # ops whose constant operand lies on a grid of its own
 
 
 def known(affine: Affine | None) -> Affine:
@@ -339,59 +337,6 @@ class Lowering:
         self._add(replace(made, id=inner, outputs=(inner,), parts=()), [affine], shapes[:1])
         clamp = IntOp(made.id, "clamp", (inner,), made.outputs[:1], {"low": low, "high": high}, parts=made.parts)
         self._add(clamp, [affine], shapes[:1])
-
-
-def constant_affine(value: np.ndarray, name: str, bits: int = 8) -> Affine:
-    """Parameters of a constant operand: 8 or 16 bits over its own values and zero.
-
-    A constant of one magnitude is held exactly, at code 127 or -127.
-    """
-    low, high = np.float32(min(value.min(), 0.0)), np.float32(max(value.max(), 0.0))
-    magnitudes = np.unique(np.abs(value))
-    if magnitudes.size == 1 and magnitudes[0] > 0 and bits == 8:
-        return Affine(np.float32(magnitudes[0] / 127), 0, 8)
-    return Affine.of_range(low, high, bits, name)
-
-
-def held_constant(value: np.ndarray, name: str) -> np.ndarray:
-    """A constant operand on the 8-bit grid that an artifact holds it in; itself where it lies there already.
-
-    The trained model has to use it, or it would be trained on other values than are deployed.
-    """
-    affine = constant_affine(value, name)
-    held = affine.dequantize(affine.quantize(value))
-    return value if np.abs(held - value).max(initial=0.0) <= ON_GRID * affine.scale else held
-
-
-def function_table(op: Op, source: Affine, target: Affine) -> np.ndarray:
-    """The 256 output codes of an elementwise op, from input code -128 on, computed by the trained op in float32."""
-    values = source.dequantize(np.arange(-128, 128, dtype=np.int8))
-    result = np.asarray(op.call([values])[0], np.float32)
-    if np.isnan(result[source.qmin + 128 :]).any():
-        raise RangeError(
-            f"tensor {op.output!r}",
-            f"the function of {op.layer!r} must be finite over its input range",
-            "NaN",
-            "Restrict its input, or leave the layer in float with `exclude`",
-        )
-    return target.quantize(np.nan_to_num(result))
-
-
-def slope_table(op: Op, source: Affine, target: Affine) -> tuple[np.ndarray, tuple[int, ...]]:
-    """PReLU as one table per slope, one behind the other, and the shape in which the slopes broadcast."""
-    codes, scale = (np.asarray(a, np.float32) for a in op.attrs["codes"]())
-    slopes = codes * scale
-    check_finite(op, slope=slopes)
-    if slopes.size * 256 > LARGEST_TABLE:
-        raise UnsupportedError(
-            f"layer {op.layer!r} ({op.type_name})",
-            "its slopes must be few enough for a table of each",
-            f"{slopes.size} slopes",
-            "Share them over the spatial axes (shared_axes=[1, 2])",
-        )
-    values = source.dequantize(np.arange(-128, 128, dtype=np.int8))
-    results = np.where(values > 0, values, slopes.reshape(-1, 1) * values)
-    return target.quantize(results).reshape(-1), slopes.shape
 
 
 def lower(graph: Graph, target: Target = TFLITE) -> IntegerModel:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from kquant.core.affine import Affine
+from kquant.core.constants import ARITHMETIC, held_constant
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op
-from kquant.core.lower import ARITHMETIC, held_constant
 from kquant.core.plan import Plan, Site, Spec
 from kquant.keras_common.generation import Generation
 from kquant.keras_common.layers import Delayed

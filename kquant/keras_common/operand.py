@@ -21,7 +21,7 @@ class OperandBase(Stateful):
     """`x + v`, `x - v` or `x * v` with a trainable array `v`: positional embeddings, scales of a layer.
 
     Where the artifact computes it in 8 bits, `v` is fake-quantized on the grid on which the artifact holds it, that of
-    `kquant.core.lower.constant_affine`; the gradient is passed straight through the rounding.
+    `kquant.core.constants.constant_affine`; the gradient is passed straight through the rounding.
 
     Args:
         kind: `"add"`, `"sub"` or `"mul"`.

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kquant.core.constants import ARITHMETIC
 from kquant.core.graph import Weight
 from kquant.keras_common.functions import NAMED, is_elementwise
 from kquant.keras_common.generation import Call
 from kquant.keras_common.reader import Reader
-
-ARITHMETIC = ("add", "sub", "mul")
 
 OpHandler = Callable[[Reader, Call, list[str], str, dict], list[str]]
 OPERATIONS: dict[str, OpHandler] = {}

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from kquant.core.constants import ARITHMETIC, held_constant
 from kquant.core.errors import ModelError
-from kquant.core.lower import ARITHMETIC, held_constant
 from kquant.core.plan import Plan, Site, Spec, WeightSpec
 from kquant.core.reports import Report
 from kquant.core.weights import gain_shape, weight_formula

@@ -211,10 +211,10 @@ def test_a_trainable_array_is_trained_on_the_grid_of_the_file(twice, tmp_path):
 
 
 def test_the_array_lies_on_the_grid_of_its_own_range_and_passes_gradients():
-    """256 levels over the values and zero, as of a constant operand (`core.lower.constant_affine`)."""
+    """256 levels over the values and zero, as of a constant operand (`core.constants.constant_affine`)."""
     import tensorflow as tf
 
-    from kquant.core.lower import held_constant
+    from kquant.core.constants import held_constant
 
     layer = operands(kquant.quantize_model(with_positions(), calibration_data=IMAGES))["add"]
     zeros = np.zeros((2, 16, 8), "f4")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import kquant_torch
-from kquant.core.lower import constant_affine, held_constant
+from kquant.core.constants import constant_affine, held_constant
 from kquant_torch.constants import ConstantQuantizer
 from kquant_torch.export import integer_model, quantized_graph
 
