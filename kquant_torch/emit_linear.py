@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kquant.core.affine import Affine, bias_error, round_half_up
+from kquant.core.fold import check_bias
 from kquant.core.integer import IntOp, IntWeight
 from kquant.core.parity import TIE
 from kquant_torch.emit import Emitter, literal, writes
@@ -36,6 +37,7 @@ def held_bias(e: Emitter, op: IntOp) -> np.ndarray:
     takes_float = e.backend.target.accumulator.bias_limit == float("inf")
     if takes_float and bias_error(weight.bias, unit, e.affine(op.outputs[0])) > TIE:
         return weight.bias
+    check_bias(weight.bias, unit, op.outputs[0], e.affine(op.outputs[0]))
     rounded: np.ndarray = round_half_up(weight.bias / unit) * unit
     return rounded
 

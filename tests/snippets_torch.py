@@ -329,7 +329,8 @@ FUNCTIONS = {
     "x - y": one(lambda m, x: m.c(x) - x, ["conv2d", "sub"], **_CONV),
     "x * y": one(lambda m, x: m.c(x) * torch.sigmoid(x), ["conv2d", "sigmoid", "mul"], **_CONV),
     "x / y": one(lambda m, x: m.c(x) / (x.abs() + 1.0), ["conv2d", "elementwise", "elementwise", "mul"], **_CONV),
-    "x / sqrt(y + e)": one(  # a mean of nearly zero is one step of its range: e is as large, or no 8 bits hold the quotient
+    # Means of nearly zero differ by a step of their range; a much smaller e has no quotient that 8 bits hold.
+    "x / sqrt(y + e)": one(
         lambda m, x: m.c(x) / torch.sqrt(x.mean(1, keepdim=True).square() + 0.1),
         ["conv2d", "mean", "mul", "elementwise", "mul"],
         **_CONV,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kquant.core.affine import SMALLEST_SCALE, Affine, round_half_up
+from kquant.core.affine import SMALLEST_SCALE, Affine, bias_error, round_half_up
 from kquant.core.errors import ModelError, RangeError
 from kquant.core.graph import Op
+from kquant.core.int8_spec import EXACT
 from kquant.core.integer import IntWeight
 from kquant.core.stages import Stage
 from kquant.core.target import Accumulator
@@ -166,4 +167,27 @@ def _check_scale(op: Op, scale: np.ndarray, source: Affine, target: Affine, hold
             f"the ratio of accumulator to output scale must lie below {holds.largest:.0f}, which the kernel holds",
             f"{multiplier.max():.3g} (weight {scale.max():.3g}, input {source.scale:.3g}, output {target.scale:.3g})",
             "Calibrate on representative data, or leave the layer in float with `exclude`",
+        )
+
+
+def check_bias(bias: np.ndarray, unit: np.ndarray, tensor: str, target: Affine) -> None:
+    """Refuse a bias that its unit shifts by so much of an output code that the op could not keep to one code.
+
+    Args:
+        bias: real values, one per output channel.
+        unit: what a kernel holds it in multiples of, `s_in * s_w`.
+        tensor: the id of the op's output.
+        target: its parameters.
+
+    Raises:
+        RangeError: naming the tensor.
+    """
+    error = bias_error(bias, unit, target)
+    if error > 1.0 - EXACT:
+        raise RangeError(
+            f"tensor {tensor!r}",
+            f"the bias of its layer must be exact to {1.0 - EXACT:.1f} output codes",
+            f"{error:.2f}: one step of the bias, input scale times weight scale, is {unit.max():.3g}, "
+            f"and one output code {target.scale:.3g}",
+            "Calibrate on representative data, give the layer more weight bits, or leave it in float with `exclude`",
         )

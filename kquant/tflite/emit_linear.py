@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import INT16_MAX, bias_codes, bias_error
-from kquant.core.errors import RangeError, UnsupportedError
-from kquant.core.int8_spec import EXACT, INT4_SHIFT, ROWS
+from kquant.core.affine import INT16_MAX, bias_codes
+from kquant.core.errors import UnsupportedError
+from kquant.core.fold import check_bias
+from kquant.core.int8_spec import INT4_SHIFT, ROWS
 from kquant.core.integer import IntOp
 from kquant.tflite.emit import Emitter, fused, lowers, padding
 
@@ -51,24 +52,11 @@ def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, i
     )  # fmt: skip
     source = e.affine(op.inputs[0])
     data, unit = bias_codes(op.weight.bias, source, scale)
-    _check_bias(e, op, unit)
+    check_bias(op.weight.bias, unit, op.outputs[0], e.affine(op.outputs[0]))
     if source.bits == 16:
         _check_accumulator(op, np.moveaxis(codes, axis, -1).reshape(-1, channels) * gain, data)
     bias = e.constant(f"{op.id}/bias", data, scale=unit, zero_point=np.zeros(unit.size, np.int64))
     return kernel, bias, INT4_VERSION[ROWS[op.kind].target] if bits == 4 else e.version(op)
-
-
-def _check_bias(e: Emitter, op: IntOp, unit: np.ndarray) -> None:
-    """A bias that its unit shifts by so much of an output code that the op could not keep to one code is refused."""
-    error = bias_error(op.weight.bias, unit, e.affine(op.outputs[0]))
-    if error > 1.0 - EXACT:
-        raise RangeError(
-            f"tensor {op.outputs[0]!r}",
-            f"the bias of its layer must be exact to {1.0 - EXACT:.1f} output codes",
-            f"{error:.2f}: one step of the bias, input scale times weight scale, is {unit.max():.3g}, "
-            f"and one output code {e.affine(op.outputs[0]).scale:.3g}",
-            "Calibrate on representative data, give the layer more weight bits, or leave it in float with `exclude`",
-        )
 
 
 def _check_accumulator(op: IntOp, codes: np.ndarray, bias: np.ndarray) -> None:
