@@ -30,7 +30,7 @@ class QuantizedRoot:
         """Run the model; errors of `_check_hooks` besides its own."""
         if not torch.compiler.is_compiling():
             _check_hooks(self)
-        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the user's class, mixed in behind
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _empty, (type(self).float_class, self.__dict__[STATE]), self.__getstate__()

@@ -13,20 +13,16 @@ import pytest
 from descriptions import Description, models
 from hypothesis.internal.conjecture import engine
 from keras_generation import keras, own
+from occurred import FULL, check_occurred
 
 import kquant
 from keras_templates.build import build
 from kquant.core.int8_spec import ROWS
 from kquant.tflite.export import integer_model
 
-FULL = 200  # from this many models on, everything must have occurred
-LEAST = 5  # models
 VERIFIED = 48  # samples; an op's mean error, whose limit is 0.02 codes, means nothing on a handful of values
 SHRINKING = 60  # seconds for one failing model
 SEEN: Counter = Counter()
-# Random weights and six samples of calibration make ranges that no kernel can hold (an output of a hundredth of one
-# step of its bias): such a model must be refused by the name of the tensor. More than these would be a fault of ours.
-MOST_REFUSED = 0.02
 
 # A row that no export can hold, and why.
 CANNOT_OCCUR = {
@@ -117,8 +113,4 @@ def test_everything_occurred(pytestconfig):
     """In the full run each row, bit width and quantizer occurred at least five times, or a reason is given."""
     if SEEN["models"] < FULL:
         pytest.skip(f"asked of at least {FULL} models in one process; {SEEN['models']} passed here")
-    assert SEEN["refused", "by the name of the tensor"] <= MOST_REFUSED * SEEN["models"]
-    wanted = [("row", kind) for kind in ROWS if kind not in CANNOT_OCCUR]
-    wanted += [("weight bits", b) for b in range(1, 9)] + [("activation bits", b) for b in range(1, 9)]
-    wanted += [("quantizer", q) for q in ("qat", "naive", "dorefa")]
-    assert {what: SEEN[what] for what in wanted if SEEN[what] < LEAST} == {}
+    check_occurred(SEEN, [kind for kind in ROWS if kind not in CANNOT_OCCUR])

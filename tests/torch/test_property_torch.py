@@ -7,16 +7,14 @@ import pytest
 import torch
 from build_torch import build
 from descriptions import Description, models
+from occurred import FULL, check_occurred, wanted
 
 import kquant_torch
 from kquant_torch.export import integer_model, quantized_graph
 from kquant_torch.target import ONEDNN
 
 VERIFIED = 48  # samples; an op's mean error, whose limit is 0.02 codes, means nothing on a handful of values
-FULL, LEAST = 200, 5
 SEEN: Counter = Counter()
-# Random weights and six samples of calibration make ranges that no kernel can hold: refused by the tensor's name.
-MOST_REFUSED = 0.02
 
 
 def pytest_generate_tests(metafunc):
@@ -113,13 +111,8 @@ def test_everything_occurred(pytestconfig, capsys):
     """In the full run each row, bit width and quantizer occurred at least five times; the counts are printed."""
     if pytestconfig.getoption("models") < FULL:
         pytest.skip(f"asked of a run of at least {FULL} models (--models); {SEEN['models']} passed here")
-    wanted = [("row", kind) for kind in ONEDNN.rows]
-    wanted += [("weight bits", b) for b in range(1, 9)] + [("activation bits", b) for b in range(1, 9)]
-    wanted += [("quantizer", q) for q in ("qat", "naive", "dorefa")]
+    counts = ", ".join(f"{what} {which} {SEEN[what, which]}" for what, which in wanted(ONEDNN.rows))
     with capsys.disabled():
-        print(
-            f"\n{SEEN['models']} models: " + ", ".join(f"{what} {which} {SEEN[what, which]}" for what, which in wanted)
-        )
+        print(f"\n{SEEN['models']} models: {counts}")
     assert SEEN["models"] >= FULL
-    assert SEEN["refused", "by the name of the tensor"] <= MOST_REFUSED * SEEN["models"]
-    assert {key: SEEN[key] for key in wanted if SEEN[key] < LEAST} == {}
+    check_occurred(SEEN, ONEDNN.rows)
