@@ -72,7 +72,7 @@ def _conv(net: Any, x: int) -> int:
     after, window = _window(net, net.shapes[x])
     channels = net.shapes[x][-1]
     groups = net.pick(1, 1, *[g for g in (2, 3, channels) if channels % g == 0 and g > 1])
-    filters = groups * net.pick(*[f for f in (1, 2, 3, 5, 8) if f * groups <= 12])
+    filters = groups * net.pick(*[f for f in (1, 2, 3, 5, 8) if f == 1 or f * groups <= 12])
     return net.add("conv", (x,), (*after, filters), filters=filters, groups=groups, **window, **_tail(net))
 
 

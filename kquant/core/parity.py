@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +13,7 @@ from kquant.core.reports import Report, Table
 
 TIE = 0.01  # codes; half a unit of a bias may decide ties that are this close, and is stated where it is larger
 MEAN_ERROR_LIMIT = 0.02  # codes; a kernel that truncates instead of rounding has a mean of -0.5
+DEVIATIONS = 3  # standard deviations that the number of misrounded codes may lie above what the limit allows
 
 
 class ParityOp(NamedTuple):
@@ -144,9 +146,11 @@ class OpTally:
     def row(self) -> ParityOp:
         """The report's row."""
         count = max(self.count, 1)
+        # Each code that is off by one counts; of so few, their number alone scatters by its square root.
+        chance = DEVIATIONS * math.sqrt(self.wrong) / count
         return ParityOp(
             self.name, self.kind, self.affine.bits, self.max_lsb, self.total / count, self.wrong / count,
-            min(self.bound + self.bias_slack, 1.0), self.mean_bound + self.bias_slack, len(self.used),
+            min(self.bound + self.bias_slack, 1.0), self.mean_bound + self.bias_slack + chance, len(self.used),
             snr_db(self.signal, self.noise),
         )  # fmt: skip
 
