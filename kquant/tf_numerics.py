@@ -24,6 +24,7 @@ xp = SimpleNamespace(
     floor=tf.floor,
     max=lambda x, axis=None, keepdims=False: tf.reduce_max(x, axis, keepdims),
     maximum=tf.maximum,
+    min=tf.reduce_min,
     mean=lambda x, axis=None, keepdims=False: tf.reduce_mean(x, axis, keepdims),
     minimum=tf.minimum,
     ones_like=tf.ones_like,

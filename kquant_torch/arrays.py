@@ -23,6 +23,11 @@ def max(x: torch.Tensor, axis: Any = None, keepdims: bool = False) -> torch.Tens
     return torch.amax(x, dim=_axes(x, axis), keepdim=keepdims)
 
 
+def min(x: torch.Tensor) -> torch.Tensor:
+    """The least value."""
+    return torch.amin(x)
+
+
 def mean(x: torch.Tensor, axis: Any = None, keepdims: bool = False) -> torch.Tensor:
     """The mean over some axes, over all for None."""
     return torch.mean(x, dim=_axes(x, axis), keepdim=keepdims)
@@ -31,6 +36,11 @@ def mean(x: torch.Tensor, axis: Any = None, keepdims: bool = False) -> torch.Ten
 def maximum(x: torch.Tensor, least: Any) -> torch.Tensor:
     """The greater of a tensor and a number or tensor, elementwise."""
     return torch.maximum(x, least) if isinstance(least, torch.Tensor) else torch.clamp(x, min=float(least))
+
+
+def minimum(x: torch.Tensor, most: float) -> torch.Tensor:
+    """The lesser of a tensor and a number, elementwise."""
+    return torch.clamp(x, max=most)
 
 
 def _axes(x: torch.Tensor, axis: Any) -> tuple[int, ...]:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kquant_torch.fake_quantize import grid, rounded
-
-BITS = 8
+from kquant.core.constants import on_grid
+from kquant_torch import arrays
 
 
 class _Hold(torch.autograd.Function):
@@ -17,11 +16,7 @@ class _Hold(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor) -> torch.Tensor:
-        low, high = torch.clamp(x.amin(), max=0.0), torch.clamp(x.amax(), min=0.0)
-        high = torch.where(high == low, torch.ones_like(high), high)
-        magnitudes = torch.abs(x)
-        # Values of one magnitude lie at code 127 or -127, exactly.
-        return torch.where(magnitudes.amin() == magnitudes.amax(), x, rounded(x, *grid(low, high, BITS)))
+        return on_grid(x, arrays)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -33,7 +28,7 @@ class _Hold(torch.autograd.Function):
 
 
 class ConstantQuantizer(nn.Module):
-    """Fake quantization of a buffer, or of a parameter that is added or multiplied: `core.constants.constant_affine`.
+    """Fake quantization of a buffer, or of a parameter that is added or multiplied: `core.constants.on_grid`.
 
     It has no state: the range is that of the present values.
     """

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kquant.core.affine import nudged
+from kquant_torch import arrays
 from kquant_torch.state import Stateful
 
 EMA_DECAY = 0.99  # Jacob et al. 2018, section 3.1: an exponential moving average "close to 1"
@@ -18,19 +20,16 @@ Number = Any  # a float on the eager CPU path, a float32 tensor elsewhere
 
 
 def grid(low: torch.Tensor, high: torch.Tensor, bits: int) -> tuple[Number, Number, Number]:
-    """Scale, and the first and last step of the nudged grid, as `Affine.of_range` computes them in float32.
+    """Scale, and the first and last step of the grid of a range, counted from zero: `core.affine.nudged`.
 
     Plain floats where reading a value costs nothing (eager mode on a CPU), else tensors, so that nothing is read.
     """
     levels = 2**bits - 1
     if torch.compiler.is_compiling() or low.device.type != "cpu":
-        scale = (high - low) / levels
-        zero = torch.clamp(torch.floor(-low / scale + 0.5), 0, levels)
-        return scale, 0.0 - zero, levels - zero
-    bottom, top = np.float32(low.item()), np.float32(high.item())
-    step = np.float32((top - bottom) / np.float32(levels))
-    zero = float(min(max(np.floor(-bottom / step + np.float32(0.5)), 0.0), levels))
-    return float(step), 0.0 - zero, levels - zero
+        scale, below = nudged(low, high, bits, arrays)
+        return scale, 0.0 - below, levels - below
+    scale, below = map(float, nudged(np.float32(low.item()), np.float32(high.item()), bits))
+    return scale, 0.0 - below, levels - below
 
 
 def rounded(x: torch.Tensor, scale: Number, first: Number, last: Number) -> torch.Tensor:

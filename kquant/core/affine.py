@@ -29,6 +29,38 @@ def round_half_up(x: Any, xp: Any = np) -> Any:
     return xp.floor(x + 0.5)
 
 
+def nudged(low: Any, high: Any, bits: int, xp: Any = np) -> tuple[Any, Any]:
+    """Scale of a float range and the number of steps below zero, so that zero is one of its `2**bits` codes.
+
+    The scale is `(high - low) / (2**bits - 1)`, and zero is the code nearest to where it lies in the range.
+
+    Source: Jacob et al. 2018, section 3.1; computed as TensorFlow's `FakeQuantWithMinMaxVars` does
+    (tensorflow/core/kernels/fake_quant_ops_functor.h).
+
+    Args:
+        low, high: the range, `low <= 0 <= high` and not both zero, float32 scalars of `xp`.
+        bits: 1..8.
+        xp: the array namespace.
+
+    Example:
+        >>> nudged(np.float32(-0.26), np.float32(1.24), 4)
+        (np.float32(0.1), np.float32(3.0))
+    """
+    scale = (high - low) / (2**bits - 1)
+    return scale, steps_below(low, scale, xp)
+
+
+def steps_below(low: Any, scale: Any, xp: Any = np) -> Any:
+    """`-low / scale` of a range's lower end, not above 0, rounded half up.
+
+    No rounding is off: a fraction of just under one half stays below it, where adding one half in float32 would carry
+    it over.
+    """
+    exact = -low / scale
+    whole = xp.floor(exact)
+    return whole + xp.floor((exact - whole) * 2)
+
+
 @dataclass(frozen=True)
 class Affine:
     """Scale and zero point of an activation tensor as it lies in an integer tensor of the artifact.
@@ -71,8 +103,7 @@ class Affine:
             name: the tensor, for the error.
 
         Returns:
-            The parameters; scale and nudge are computed in float32 exactly as TensorFlow's
-            `FakeQuantWithMinMaxVars` computes them (tensorflow/core/kernels/fake_quant_ops_functor.h).
+            The parameters, those of `nudged`.
 
         Raises:
             RangeError: a range that is not finite, or whose scale leaves what a float32 multiplier can hold.
@@ -80,8 +111,9 @@ class Affine:
         low, high = np.float32(low), np.float32(high)
         if low == high:  # a tensor that is constantly zero: any scale holds it exactly
             high = np.float32(1.0)
-        reach = max(-low, high) / np.float32(INT16_MAX) if bits == 16 else (high - low) / np.float32(2**bits - 1)
-        scale, zero_point = np.float32(reach), 0
+        with np.errstate(all="ignore"):  # what overflows is refused below, by name
+            wide = bits == 16
+            scale, below = (max(-low, high) / np.float32(INT16_MAX), 0) if wide else nudged(low, high, bits)
         if not np.isfinite(scale) or not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
             raise RangeError(
                 f"tensor {name!r}",
@@ -89,10 +121,7 @@ class Affine:
                 f"range [{low}, {high}] at {bits} bits",
                 "Scale the values of this tensor, or leave its layer in float with `exclude`",
             )
-        if bits != 16:
-            unsigned = 0.0 if low == 0 else float(np.float32(0.0) - low / scale)
-            zero_point = int(min(max(np.floor(unsigned + 0.5), 0), 2**bits - 1)) + 128 - 2**bits
-        return cls(scale, zero_point, bits)
+        return cls(scale, 0 if wide else int(below) + 128 - 2**bits, bits)
 
     def narrowed(self, bits: int) -> Affine:
         """The same range in fewer bits: the scale grows by powers of two, and the codes keep to the top of int8."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kquant.core.affine import INT8_MAX, Affine
-from kquant.core.constants import constant_affine
+from kquant.core.constants import constant_codes
 from kquant.core.fold import check_finite, fold
 from kquant.core.graph import Graph, Op, Shape
 from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
@@ -93,8 +93,7 @@ class Lowering:
         if value is None:
             return self.states[tensor].tensor
         if tensor not in self.tensors:
-            affine = constant_affine(value, tensor, bits)
-            codes = affine.quantize(value)
+            affine, codes = constant_codes(value, tensor, bits)
             self.tensors[tensor] = IntTensor(tensor, value.shape, affine.dtype, affine, codes)
         return tensor
 

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kquant.core.constants import on_grid
 from kquant.keras_common.generation import Call
 from kquant.keras_common.handlers import reads_own
 from kquant.keras_common.layers import Stateful
 from kquant.keras_common.reader import Reader
-from kquant.tf_numerics import straight_through
+from kquant.tf_numerics import straight_through, xp
 
 KINDS = {"add": tf.add, "sub": tf.subtract, "mul": tf.multiply}
 
@@ -20,8 +21,8 @@ KINDS = {"add": tf.add, "sub": tf.subtract, "mul": tf.multiply}
 class OperandBase(Stateful):
     """`x + v`, `x - v` or `x * v` with a trainable array `v`: positional embeddings, scales of a layer.
 
-    Where the artifact computes it in 8 bits, `v` is fake-quantized on the grid on which the artifact holds it, that of
-    `kquant.core.constants.constant_affine`; the gradient is passed straight through the rounding.
+    Where the artifact computes it in 8 bits, `v` is fake-quantized on the grid on which the artifact holds it,
+    `kquant.core.constants.on_grid`; the gradient is passed straight through the rounding.
 
     Args:
         kind: `"add"`, `"sub"` or `"mul"`.
@@ -41,21 +42,13 @@ class OperandBase(Stateful):
     def call(self, x: Any, held: bool | None = None) -> Any:
         v = tf.convert_to_tensor(self.array)
         if self.held if held is None else held:
-            v = straight_through(v, tf.stop_gradient(_on_grid(v)))
+            v = straight_through(v, tf.stop_gradient(on_grid(v, xp)))
         v = tf.cast(v, x.dtype)
         return KINDS[self.kind](v, x) if self.first else KINDS[self.kind](x, v)
 
     def get_config(self) -> dict:
         own = {"kind": self.kind, "shape": list(self.array_shape), "first": self.first, "held": self.held}
         return {**super().get_config(), **own}
-
-
-def _on_grid(v: Any) -> Any:
-    """The array in 8 bits over its own values and zero; one of a single magnitude is exact."""
-    low, high = tf.minimum(tf.reduce_min(v), 0.0), tf.maximum(tf.reduce_max(v), 0.0)
-    magnitude = tf.abs(v)
-    is_one = tf.equal(tf.reduce_min(magnitude), tf.reduce_max(magnitude))
-    return tf.where(is_one, v, tf.quantization.fake_quant_with_min_max_vars(v, low, tf.where(is_one, low + 1.0, high)))
 
 
 @reads_own("TrainedOperand")

@@ -211,23 +211,38 @@ def test_a_trainable_array_is_trained_on_the_grid_of_the_file(twice, tmp_path):
 
 
 def test_the_array_lies_on_the_grid_of_its_own_range_and_passes_gradients():
-    """256 levels over the values and zero, as of a constant operand (`core.constants.constant_affine`)."""
+    """256 levels over the values and zero, as of a constant operand (`core.constants.on_grid`)."""
     import tensorflow as tf
 
-    from kquant.core.constants import held_constant
+    from kquant.core.constants import on_grid
 
     layer = operands(kquant.quantize_model(with_positions(), calibration_data=IMAGES))["add"]
     zeros = np.zeros((2, 16, 8), "f4")
     with tf.GradientTape() as tape:
         y = tf.convert_to_tensor(layer(zeros))
-    held = held_constant(np.asarray(layer.array), "array")
+    held = on_grid(np.asarray(layer.array))
     assert np.abs(held - np.asarray(layer.array)).max() > 1e-4
-    np.testing.assert_allclose(np.asarray(y)[:1], held, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(y)[:1], held)
     np.testing.assert_array_equal(np.asarray(tape.gradient(y, watched(layer.array))), 2.0)
     layer.array.assign(np.full(layer.array.shape, -0.3, "f4"))  # one magnitude is exact
     np.testing.assert_array_equal(np.asarray(layer(zeros)), np.float32(-0.3))
     layer.array.assign(np.zeros(layer.array.shape, "f4"))
     np.testing.assert_array_equal(np.asarray(layer(zeros)), 0.0)
+
+
+@pytest.mark.parametrize("ends", [(-1.0, 1.0), (-0.5, 1.0)])
+def test_a_constant_is_deployed_on_the_codes_that_were_trained(ends, tmp_path):
+    """Sums are in the contract only if file and model hold one constant; a symmetric one lost half a step each time."""
+    constant = np.clip(np.sin(np.arange(40, dtype="f4")).reshape(5, 8), *ends)
+    constant[0, :2] = ends
+    x = keras.Input((5, 8))
+    model = keras.Model(x, layers.Dense(8)(x) * 0.2 + constant)
+    data = RNG.normal(size=(64, 5, 8)).astype("f4")
+    path = tmp_path / "model.tflite"
+    qmodel = kquant.quantize_model(model, calibration_data=data)
+    kquant.export_tflite(qmodel, path)
+    parity = kquant.verify(qmodel, path, data)
+    assert parity.ok and parity.max_lsb < 0.51, parity
 
 
 # -- what is refused says what to do ----------------------------------------------------------------------------------

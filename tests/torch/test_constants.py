@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from constant_arrays import each_array
 from torch import nn
 
 import kquant_torch
-from kquant.core.constants import constant_affine, held_constant
+from kquant.core.constants import on_grid
 from kquant_torch.constants import ConstantQuantizer
 from kquant_torch.export import integer_model, quantized_graph
+from kquant_torch.fake_quantize import grid
 
 
 class Plus(nn.Module):
@@ -39,13 +41,17 @@ OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("values", ["random", "one sided", "one magnitude", "zeros", "one"])
-def test_the_grid_is_that_of_core(values):
-    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(len(values)))
-    x = {"one sided": x.abs() + 3, "one magnitude": 0.7 * x.sign(), "zeros": x * 0, "one": x[:1, :1]}.get(values, x)
-    held, affine = ConstantQuantizer()(x).numpy(), constant_affine(x.numpy(), "x")
-    np.testing.assert_allclose(held, held_constant(x.numpy(), "x"), rtol=2e-7, atol=0)
-    np.testing.assert_array_equal(affine.quantize(held), affine.quantize(x.numpy()))
+@each_array
+def test_the_grid_is_that_of_core_to_the_bit(v):
+    np.testing.assert_array_equal(ConstantQuantizer()(torch.from_numpy(v)).numpy(), on_grid(v))
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_zero_just_below_half_a_step_is_rounded_exactly(compiling, monkeypatch):
+    """As in core: 0.49999997 + 0.5 is 1 in float32."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    assert grid(torch.tensor(-0.49999997), torch.tensor(254.5), 8) == (1.0, 0.0, 255.0)
+    assert grid(torch.tensor(-0.5), torch.tensor(254.5), 8) == (1.0, -1.0, 254.0)
 
 
 def values_used(qmodel, x):
