@@ -41,8 +41,8 @@ def on_grid(v: Any, xp: Any = np) -> Any:
         xp: the array namespace.
 
     Example:
-        >>> on_grid(np.array([0.0, 0.31, 1.0], np.float32)).round(5)
-        array([0.     , 0.3098 , 1.     ], dtype=float32)
+        >>> on_grid(np.array([0.0, 0.31, 1.0], np.float32)).round(4)
+        array([0.    , 0.3098, 1.    ], dtype=float32)
         >>> on_grid(np.array([-0.3, 0.3], np.float32))
         array([-0.3,  0.3], dtype=float32)
     """

@@ -1,0 +1,180 @@
+"""What the entries of a config ask of a stage: float or integers, its weights' spec, its input's and output's range."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from kquant.core.config import Entry
+from kquant.core.errors import ConfigError, UnsupportedError
+from kquant.core.graph import Graph, Op
+from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
+from kquant.core.needs import Need
+from kquant.core.plan import WeightSpec
+from kquant.core.stages import Stage
+from kquant.core.target import Target
+
+
+class Demands:
+    """The entries of a config, read for the stages of one graph.
+
+    Args:
+        graph: the model.
+        entries: for every op id, the entry that matches it, or None.
+        target: where the model is to run.
+    """
+
+    def __init__(self, graph: Graph, entries: Mapping[str, Entry | None], target: Target):
+        self.graph, self.entries, self.target = graph, entries, target
+        self.producers = graph.producers()
+        self.to_output = self._reaching_outputs()
+
+    def may_fuse(self, op: Op) -> bool:
+        """A sum is an op of its own, which needs an entry; norms and activations follow what they are fused to."""
+        entry = self.entries[op.id]
+        if op.kind == "add" and (entry is None or entry.output_bits in (None, 32)):
+            return False
+        return entry is None or not entry.exclude
+
+    def why_float(self, stage: Stage, ranged: Collection[str]) -> str:
+        """Why the stage stays float, or an empty string.
+
+        Args:
+            stage: the stage.
+            ranged: those of the anchor's inputs that have a range already.
+
+        Raises:
+            UnsupportedError: an entry matches it, and the target has no integer form of it.
+        """
+        op, entry, row = stage.anchor, self.entries[stage.anchor.id], stage.row
+        if entry is not None and entry.exclude:
+            return f"excluded by config_list[{entry.index}]"
+        if row.placement is Placement.OPAQUE:
+            if entry is None:
+                return "no config entry matches it"
+            raise UnsupportedError(
+                f"layer {op.layer!r} ({op.type_name})",
+                op.attrs.get("reason", "this layer has no integer form on the target"),
+                fix=f"Leave it in float with {{'op_names': ['{op.layer}'], 'exclude': True}} in config_list, "
+                "and export with allow_float=True",
+            )
+        if row.placement in (Placement.SHARED, Placement.IDENTITY):
+            return "" if ranged or entry is not None else "no config entry matches it"
+        if entry is None:
+            return "no config entry matches it"
+        if row.placement is Placement.STORED:
+            return WEIGHTS_ONLY
+        if row.weighted and entry.weight_bits in (None, 32):
+            return f"its weight is not quantized by config_list[{entry.index}]"
+        if self.output_bits(stage) in (None, 32):
+            return f"its output is not quantized by config_list[{entry.index}]"
+        return ""
+
+    def weight(self, stage: Stage) -> WeightSpec | None:
+        """How the anchor's weights are quantized; None where they are not."""
+        entry = self.entries[stage.anchor.id]
+        if entry is None or entry.exclude or entry.weight_bits in (None, 32) or stage.anchor.kind == "channel_affine":
+            return None
+        per_channel = "kernel_axes" in stage.anchor.attrs and entry.weight_per_channel is not False
+        gradient = None if entry.gradient_bits in (None, 32) else entry.gradient_bits
+        spec = WeightSpec(entry.quantizer, entry.weight_bits, per_channel, gradient, entry.start_step)
+        one_scale = entry.weight_per_channel is False and entry.quantizer != "dorefa"
+        if one_scale and stage.norm is not None and stage.norm.attrs.get("normalizes"):
+            spec = replace(spec, folds_norm=stage.norm.id)
+        return spec
+
+    def input_need(self, stage: Stage, tensor: str) -> Need:
+        """The range of a float tensor that the stage reads: a model input, or the result of a float op."""
+        entry = self.entries[stage.anchor.id]
+        named = entry is not None and entry.op_names is not None
+        model_input = self._model_input(tensor)
+        bits = entry.input_bits if entry is not None and entry.input_bits and (named or not model_input) else 8
+        own = self.entries.get(f"input:{model_input}")
+        if own is not None:
+            bits = own.input_bits or own.output_bits or 8
+            if own.exclude or bits == 32:
+                raise ConfigError(
+                    f"config_list[{own.index}]",
+                    f"input {model_input!r} must be quantized, because {stage.anchor.layer!r} reads it in integers",
+                    "an entry that leaves it in float",
+                    "Leave the input out of the entry, or exclude its readers too",
+                )
+        naive = entry is not None and entry.quantizer == "naive"
+        return Need(bits, start_step=self.start_step(stage.anchor), naive=naive)
+
+    def start_step(self, op: Op) -> int:
+        """The training step at which the op's quantization begins."""
+        entry = self.entries[op.id]
+        return 0 if entry is None else entry.start_step
+
+    def _model_input(self, tensor: str) -> str | None:
+        """The model input that a tensor is, directly or behind ops that act in training only."""
+        while tensor not in self.graph.inputs:
+            op = self.producers.get(tensor)
+            if op is None or op.kind != "identity":
+                return None
+            tensor = op.inputs[0]
+        return tensor
+
+    def _output_entry(self, stage: Stage) -> Entry | None:
+        """The entry that decides the output: of the anchor and the fused ops, the explicit one."""
+        found = [e for e in (self.entries[o.id] for o in stage.ops if o.kind != "identity") if e is not None]
+        explicit = [e for e in found if "default" not in (e.op_types or ())]
+        bits = {e.output_bits for e in explicit}
+        if len(bits) > 1:
+            first, second = explicit[0], next(e for e in explicit if e.output_bits != explicit[0].output_bits)
+            raise ConfigError(
+                f"config_list[{first.index}] and config_list[{second.index}]",
+                f"entries that match fused ops ({', '.join(o.layer for o in stage.ops)}) must agree on the output bits",
+                f"{first.output_bits} and {second.output_bits}",
+                "Name the layer in one entry only",
+            )
+        return explicit[0] if explicit else (found[0] if found else None)
+
+    def output_bits(self, stage: Stage) -> int | None:
+        """Bits of the output; None or 32 for float."""
+        entry = self._output_entry(stage)
+        if entry is None:
+            return None
+        if stage.output in self.to_output and entry.op_names is None and entry.output_bits not in (None, 32):
+            return 8
+        return entry.output_bits
+
+    def output_need(self, stage: Stage, nonneg: bool) -> Need:
+        """The range of the stage's output; `nonneg` says that it is never negative."""
+        entry = self._output_entry(stage)
+        bits = self.output_bits(stage) or 8
+        row = stage.row
+        common: dict[str, Any] = {
+            "start_step": entry.start_step if entry else 0,
+            "naive": entry is not None and entry.quantizer == "naive",
+        }
+        dorefa = entry is not None and entry.quantizer == "dorefa"
+        activation = stage.relu is not None or stage.anchor.kind in ("relu", "elementwise", "sigmoid")
+        if dorefa and activation and nonneg and stage.output not in self.to_output:
+            return Need(bits, unit=True, nonneg=True, **common)
+        if row.fixed is not None and bits <= 8:
+            return Need(bits, fixed=row.fixed.narrowed(bits), nonneg=row.nonneg, **common)
+        if bits == 1 and not nonneg and entry is not None:
+            raise ConfigError(
+                f"config_list[{entry.index}]['q_bits']",
+                f"1-bit activations must be non-negative, and the output of {stage.anchor.layer!r} is signed",
+                1,
+                "Use 2 bits or more there, or an activation function that is never negative",
+            )
+        symmetric = entry is not None and entry.output_symmetric
+        return Need(bits, symmetric=symmetric, nonneg=nonneg and not symmetric, **common)
+
+    def _reaching_outputs(self) -> set[str]:
+        """Tensors that are model outputs, directly or through ops that keep the scale.
+
+        The logits of a final softmax or sigmoid are among them: a model that leaves it to the loss has them as outputs.
+        """
+        reached = set(self.graph.outputs)
+        for op in reversed(self.graph.ops):
+            row = self.target.row(op.kind)
+            keeps = row.placement in (Placement.SHARED, Placement.IDENTITY, Placement.FIXED)
+            if keeps and op.kind != "relu" and reached & set(op.outputs):
+                reached.update(op.inputs)
+        return reached
