@@ -13,9 +13,8 @@ import numpy as np
 import tensorflow as tf
 
 from kquant.core.affine import fake_quantize
+from kquant.core.moving import kept, moved
 from kquant.core.weights import DoReFa, Symmetric, quantize_gradient
-
-EMA_DECAY = 0.99  # Jacob et al. 2018, section 3.1: an exponential moving average "close to 1"
 
 # The array namespace of core's formulas, over TensorFlow.
 xp = SimpleNamespace(
@@ -141,7 +140,20 @@ class Observed(NamedTuple):
     frozen: Any
 
 
-def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> tuple[Any, Any, Any]:
+class Taken(NamedTuple):
+    """What a training batch leaves: the state's `minimum`, `maximum` and `seen` after it, and its own `low` and `high`.
+
+    The latter are scalars, zero where the range does not move.
+    """
+
+    minimum: Any
+    maximum: Any
+    seen: Any
+    low: Any
+    high: Any
+
+
+def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> Taken:
     """Take in one training batch at a call site, that of all replicas in distributed training.
 
     Args:
@@ -150,9 +162,6 @@ def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> t
         site: the call site that sees it.
         nonneg: the range starts at zero.
         decay: of the exponential moving average; 1.0 keeps the first range.
-
-    Returns:
-        minimum, maximum and seen after the batch.
     """
     low, high = batch_range(x, nonneg)
     low, high = low * state.covered_low[site], high * state.covered_high[site]
@@ -161,18 +170,29 @@ def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> t
     fresh = tf.logical_and(tf.equal(state.seen, 0.0), tf.equal(state.frozen, 0.0))
     moving = tf.logical_and(tf.equal(state.seen, 1.0), tf.equal(state.frozen, 0.0))
 
-    def moved(old: Any, value: Any) -> Any:
-        new = tf.where(fresh, value, tf.where(moving, old + (value - old) * (1.0 - decay), old))
+    def after(old: Any, value: Any) -> Any:
+        new = tf.where(fresh, value, tf.where(moving, moved(old, value, decay), old))
         return new if alone else tf.where(here, new, old)
 
     now = tf.cast(fresh, tf.float32)
     seen = tf.maximum(state.seen, now if alone else tf.where(here, now, 0.0))
-    return moved(state.minimum, low), moved(state.maximum, high), seen
+    follows = tf.cast(moving[site], tf.float32) if decay < 1.0 else tf.zeros(())
+    return Taken(after(state.minimum, low), after(state.maximum, high), seen, low * follows, high * follows)
 
 
-def range_in_force(minimum: Any, maximum: Any, bits: int, symmetric: bool) -> tuple[Any, Any]:
-    """The range that covers all sites, before nudging; `[0, 1]` for a tensor that is constantly zero."""
+def range_in_force(
+    minimum: Any, maximum: Any, bits: int, symmetric: bool, batch: tuple[Any, Any] = (0.0, 0.0)
+) -> tuple[Any, Any]:
+    """The range that covers all sites, before nudging; `[0, 1]` for a tensor that is constantly zero.
+
+    Args:
+        minimum, maximum: of each site.
+        bits: 1..8 or 16.
+        symmetric: whether zero lies in the middle.
+        batch: `low` and `high` of the training batch that is quantized on it.
+    """
     low, high = tf.minimum(tf.reduce_min(minimum), 0.0), tf.maximum(tf.reduce_max(maximum), 0.0)
+    low, high = kept(low, high, *batch, xp)
     if symmetric or bits == 16:
         limit = tf.maximum(-low, high)
         half = 2 ** (bits - 1)

@@ -13,10 +13,11 @@ from torch import fx, nn
 from kquant.core.affine import Affine
 from kquant.core.errors import ConfigError, ModelError, UnsupportedError
 from kquant.core.graph import Op
+from kquant.core.moving import EMA_DECAY
 from kquant.core.plan import Plan, Site, WeightSpec
 from kquant.core.weights import gain_shape, weight_formula
 from kquant_torch.constants import ConstantQuantizer
-from kquant_torch.fake_quantize import EMA_DECAY, FakeQuantize
+from kquant_torch.fake_quantize import FakeQuantize
 from kquant_torch.functions import norm_of
 from kquant_torch.kernels import layout
 from kquant_torch.norms import BATCH_NORMS, FreezableNorm, freezable

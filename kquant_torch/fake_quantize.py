@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from kquant.core.affine import nudged
+from kquant.core.moving import EMA_DECAY, kept, moved
 from kquant_torch import arrays
 from kquant_torch.state import Stateful
 
-EMA_DECAY = 0.99  # Jacob et al. 2018, section 3.1: an exponential moving average "close to 1"
 CHUNK = 2**18  # values that are worked on at a time: the passes over them then stay in a core's cache
 
 Number = Any  # a float on the eager CPU path, a float32 tensor elsewhere
@@ -212,9 +212,8 @@ class FakeQuantize(Delayed):
             return self.watch(self, x, site)
         wide = x.float()
         observes = self.training and self.fixed is None and site is not None
-        if observes and not self.frozen:
-            self._observe(wide.detach(), site)
-        quantized = fake_quantize_range(wide, *self.limits(), self.bits)
+        batch = self._observe(wide.detach(), site) if observes and not self.frozen else None
+        quantized = fake_quantize_range(wide, *self.limits(batch), self.bits)
         ready = self._ready()
         if ready is not None:
             quantized = torch.where(ready, quantized, wide)
@@ -229,23 +228,32 @@ class FakeQuantize(Delayed):
         return seen if started is None else torch.logical_and(started, seen)
 
     @torch.no_grad()
-    def _observe(self, x: torch.Tensor, site: int) -> None:
+    def _observe(self, x: torch.Tensor, site: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Take in a training batch; gives what `limits` takes of it, None where the range does not move."""
         low, high = batch_range(x, self.nonneg)
         low = torch.clamp(low, max=0.0) * self.covered_low[site]
         high = torch.clamp(high, min=0.0) * self.covered_high[site]
         seen = self.seen[site]
         for buffer, value in ((self.minimum, low), (self.maximum, high)):
             old = buffer[site]
-            moved = torch.where(seen == 1, old + (value - old) * (1.0 - self.decay), old)
-            buffer[site].copy_(torch.where(seen == 0, value, moved))
+            after = torch.where(seen == 1, moved(old, value, self.decay), old)
+            buffer[site].copy_(torch.where(seen == 0, value, after))
+        follows = seen == 1
         self.seen[site].copy_(torch.clamp(seen, min=1.0))
+        return (low * follows, high * follows) if self.decay < 1.0 else None
 
-    def limits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The float32 range in force, before nudging; `[0, 1]` for a tensor that is constantly zero."""
+    def limits(self, batch: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The float32 range in force, before nudging; `[0, 1]` for a tensor that is constantly zero.
+
+        Args:
+            batch: minimum and maximum of the training batch that is quantized on it.
+        """
         if self.fixed is not None:
             return self.fixed_range[0], self.fixed_range[1]
         low = torch.clamp(self.minimum.amin(), max=0.0)
         high = torch.clamp(self.maximum.amax(), min=0.0)
+        if batch is not None:
+            low, high = kept(low, high, *batch, torch)
         if self.symmetric:
             high = torch.maximum(-low, high)
             half = 2 ** (self.bits - 1)

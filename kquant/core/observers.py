@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kquant.core.errors import CalibrationError, ConfigError, nearest
+from kquant.core.moving import EMA_DECAY, moved
 
 Values = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-EMA_MOMENTUM = 0.99
 PERCENTILE = 99.99
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -118,7 +118,7 @@ class EmaObserver(Observer):
         (np.float32(-1.0), np.float32(1.02))
     """
 
-    momentum = EMA_MOMENTUM
+    decay = EMA_DECAY
 
     @staticmethod
     def batch_range(array: npt.ArrayLike, name: str = "tensor") -> tuple[float, float]:
@@ -129,9 +129,9 @@ class EmaObserver(Observer):
         """Move the averages towards one batch's range, which may be that of the batch of all replicas."""
         if not -math.inf < lo <= hi < math.inf:
             raise CalibrationError(f"tensor {name!r}", "expected a finite range with lo <= hi", f"[{lo}, {hi}]")
-        first, keep = self.lo > self.hi, self.momentum
-        self.lo = float(lo) if first else keep * self.lo + (1 - keep) * float(lo)
-        self.hi = float(hi) if first else keep * self.hi + (1 - keep) * float(hi)
+        first = self.lo > self.hi
+        self.lo = float(lo) if first else moved(self.lo, float(lo), self.decay)
+        self.hi = float(hi) if first else moved(self.hi, float(hi), self.decay)
 
     def _absorb(self, values: Values, lo: float, hi: float) -> None:
         self.update_range(lo, hi)

@@ -7,11 +7,12 @@ from typing import Any
 
 import tensorflow as tf
 
+from kquant.core.moving import EMA_DECAY
 from kquant.core.weights import weight_formula
 from kquant.keras2._tfmot import Quantizer
 from kquant.keras2.norms import WITHOUT_AUTOCAST, plain, register
 from kquant.keras_common.layers import Range
-from kquant.tf_numerics import EMA_DECAY, Observed, quantized_weight
+from kquant.tf_numerics import Observed, quantized_weight
 
 
 def _variable(layer: Any, name: str, shape: tuple = (), dtype: str = "float32", initial: str = "zeros") -> Any:

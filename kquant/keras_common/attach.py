@@ -11,11 +11,11 @@ from kquant.core.affine import Affine
 from kquant.core.constants import ARITHMETIC, held_constant
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op
+from kquant.core.moving import EMA_DECAY
 from kquant.core.plan import Plan, Site, Spec
 from kquant.keras_common.generation import Generation
 from kquant.keras_common.layers import Delayed
 from kquant.keras_common.named import class_of
-from kquant.tf_numerics import EMA_DECAY
 
 
 class Builder:

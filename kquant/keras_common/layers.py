@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from kquant.core.moving import EMA_DECAY
 from kquant.core.weights import gain_shape, weight_formula
 from kquant.keras_common.linear import linear_of
 from kquant.tf_numerics import (
-    EMA_DECAY,
     Observed,
     fake_quantize_range,
     observe,
@@ -73,13 +73,14 @@ class Range:
 
     fixed: list[float] | None
 
-    def observe(self, x: Any, site: int) -> None:
-        """Take in one training batch, float32, at a call site."""
+    def observe(self, x: Any, site: int) -> tuple[Any, Any]:
+        """Take in one training batch, float32, at a call site; gives what `range` takes as `batch`."""
         state = Observed(*(tf.convert_to_tensor(getattr(self, name)) for name in Observed._fields))
-        minimum, maximum, seen = observe(x, state, site, self.nonneg, self.decay)
-        self.minimum.assign(minimum)
-        self.maximum.assign(maximum)
-        self.seen.assign(seen)
+        taken = observe(x, state, site, self.nonneg, self.decay)
+        self.minimum.assign(taken.minimum)
+        self.maximum.assign(taken.maximum)
+        self.seen.assign(taken.seen)
+        return taken.low, taken.high
 
     def fake_quantized(self, x: Any, site: int | None, training: bool | None, started: Any) -> Any:
         """Fake-quantize float32 `x`.
@@ -90,21 +91,25 @@ class Range:
             training: whether this is a training step.
             started: whether quantization has begun, as a tensor; None where it has no delay.
         """
-        if training and self.fixed is None and site is not None:
-            self.observe(x, site)
-        quantized = fake_quantize_range(x, *self.range(), self.bits)
+        observes = training and self.fixed is None and site is not None
+        batch = self.observe(x, site) if observes else (0.0, 0.0)
+        quantized = fake_quantize_range(x, *self.range(batch), self.bits)
         ready = started
         if self.fixed is None and not training:
             seen = tf.reduce_max(tf.convert_to_tensor(self.seen)) > 0
             ready = seen if started is None else tf.logical_and(started, seen)
         return quantized if ready is None else tf.where(ready, quantized, x)
 
-    def range(self) -> tuple[Any, Any]:
-        """The float32 range in force, before nudging; `[0, 1]` for a tensor that is constantly zero."""
+    def range(self, batch: tuple[Any, Any] = (0.0, 0.0)) -> tuple[Any, Any]:
+        """The float32 range in force, before nudging; `[0, 1]` for a tensor that is constantly zero.
+
+        Args:
+            batch: what `observe` gave of the training batch that is quantized on it.
+        """
         if self.fixed is not None:
             return tf.constant(self.fixed[0], tf.float32), tf.constant(self.fixed[1], tf.float32)
         values = (tf.convert_to_tensor(v) for v in (self.minimum, self.maximum))
-        return range_in_force(*values, self.bits, self.symmetric)
+        return range_in_force(*values, self.bits, self.symmetric, batch)
 
     def is_set(self) -> bool:
         """Whether the range has come from data, or is fixed."""

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from kquant.core.constants import ARITHMETIC, held_constant
 from kquant.core.errors import ModelError
+from kquant.core.moving import EMA_DECAY
 from kquant.core.plan import Plan, Site, Spec, WeightSpec
 from kquant.core.reports import Report
 from kquant.core.weights import gain_shape, weight_formula
@@ -22,7 +23,7 @@ from kquant.tf1.read import complete, read_with_source, to_write_out
 from kquant.tf1.rewire import Slot, readers, redirect, slots
 from kquant.tf1.state import State, scope_of
 from kquant.tf1.write_out import can, write_out
-from kquant.tf_numerics import EMA_DECAY, quantized_weight, weight_codes, with_quantized_gradient
+from kquant.tf_numerics import quantized_weight, weight_codes, with_quantized_gradient
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,11 @@ class Range:
         """
         wide = tf.cast(x, tf.float32)
         before: list[Any] = []
+        batch: tuple[Any, Any] = (0.0, 0.0)
         if self.training and site.index is not None and not self.fixed:
             # The range is a constant to the gradient, as one that was read from a variable is.
-            before = self._observe(tf.stop_gradient(wide), site.index)
-        low, high, seen = self._in_force()
+            before, batch = self._observe(tf.stop_gradient(wide), site.index)
+        low, high, seen = self._in_force(batch)
         value = fake_quantize_range(wide, low, high, self.spec.bits)
         ready = self._ready(seen)
         if ready is not None:
@@ -85,20 +86,20 @@ class Range:
             return started
         return seen if started is None else tf.logical_and(started, seen)
 
-    def _observe(self, x: Any, index: int) -> list[Any]:
-        """Take in a batch; returns the ops that write what was found."""
+    def _observe(self, x: Any, index: int) -> tuple[list[Any], tuple[Any, Any]]:
+        """Take in a batch; returns the ops that write what was found, and what `_in_force` takes."""
         own = self.variables[index]
         with tf.control_dependencies(self.reads.get(index, [])):
             state = Observed(**{f: own[f].read_value() for f in FIELDS}, frozen=self.frozen.read_value())
-        fresh = observe(x, state, 0, self.spec.nonneg, self.decay)
-        values = dict(zip(("minimum", "maximum", "seen"), fresh, strict=True))
+        taken = observe(x, state, 0, self.spec.nonneg, self.decay)
+        values = {field: getattr(taken, field) for field in ("minimum", "maximum", "seen")}
         with tf.control_dependencies([*self.reads.get(index, []), *state]):
             writes = [own[f].assign(v, read_value=False) for f, v in values.items()]
         self.updates[index] = writes, values
-        return writes
+        return writes, (taken.low, taken.high)
 
-    def _in_force(self) -> tuple[Any, Any, Any]:
-        """Low and high end over all sites, and whether there is a range at all."""
+    def _in_force(self, batch: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+        """Low and high end over all sites, for a batch in training, and whether there is a range at all."""
         if self.fixed:
             return tf.constant(self.fixed[0]), tf.constant(self.fixed[1]), None
         parts = [self._now(i) for i in range(self.sites)]
@@ -106,7 +107,7 @@ class Range:
             parts[0][f] if len(parts) == 1 else tf.concat([p[f] for p in parts], 0)
             for f in ("minimum", "maximum", "seen")
         )
-        low, high = range_in_force(minimum, maximum, self.spec.bits, self.spec.symmetric)
+        low, high = range_in_force(minimum, maximum, self.spec.bits, self.spec.symmetric, batch)
         return low, high, tf.reduce_max(seen) > 0
 
     def _now(self, index: int) -> dict[str, Any]:

@@ -30,6 +30,8 @@ FAMILIES = {  # name: (constructor, image size)
 }
 FEW = ("MobileNetV3Small", "ConvNeXtTiny")  # of different kinds: gated depthwise convolutions, and normalized blocks
 LEAST_SNR = 15.0  # dB at the logits
+# Two quantizations of one net of random weights were -1.1 to +3.1 dB apart (30 nets; 8 images of noise).
+SCATTER = 1.5
 LEAST_USED = 0.9  # share of 8-bit tensors with at least 32 codes in use
 
 
@@ -65,6 +67,7 @@ def converter_snr_db(model: keras.Model, images: np.ndarray, path) -> float:
     return snr_db(np.concatenate([kquant.load_artifact(path)(x[None]) for x in images[16:]]), reference)
 
 
+@pytest.mark.filterwarnings("ignore:The `keras.initializers.serialize:UserWarning")  # tf_keras' own EfficientNetV2
 @pytest.mark.filterwarnings("ignore:Statistics for quantized inputs:UserWarning")  # of the converter, about its default
 def test_family_is_fully_integer_and_as_trained(family: str, tmp_path) -> None:
     """Random weights; batch norm statistics from one training-mode pass over random images."""
@@ -92,7 +95,7 @@ def test_family_is_fully_integer_and_as_trained(family: str, tmp_path) -> None:
         # A deep net of random weights amplifies what any 8-bit quantizer adds; then the converter's own is the measure.
         theirs = converter_snr_db(model, images, tmp_path / "converter.tflite")
         line += f", the converter's own quantization {theirs:.1f} dB"
-        assert parity.snr_db >= theirs - 1.0
+        assert parity.snr_db >= theirs - SCATTER
     print(f"{line}, {used:.1%} of 8-bit tensors use 32 codes or more; below: {low}")
     assert report.fully_integer
     assert kquant.audit(path).fully_integer

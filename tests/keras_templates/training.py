@@ -85,6 +85,44 @@ def test_ranges_are_moving_averages_of_the_batches():
         np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.parametrize(("settings", "frozen", "ends"), [
+    ({}, 0.0, [-16 / 3, 20 / 3]),  # two thirds of the batch
+    ({}, 1.0, [-1.0, 1.0]),
+    ({"decay": 1.0}, 0.0, [-1.0, 1.0]),  # Naive keeps its range
+    ({"symmetric": True}, 0.0, [-20 / 3, 20 / 3]),
+])  # fmt: skip
+def test_training_clips_a_batch_to_no_less_than_two_thirds_of_its_extremes(settings, frozen, ends):
+    layer = FakeQuantize(bits=8, **settings)
+    layer.build(None)
+    layer.set_range(-1.0, 1.0, 0)
+    layer.set_frozen(frozen)
+    batch = np.array([-8.0, -0.5, 0.5, 10.0], "float32")
+    found = np.asarray(layer(batch, site=0, training=True))
+    np.testing.assert_allclose(found[[0, -1]], ends, atol=(ends[1] - ends[0]) / 250)  # a step, for nudging
+    moves = 0.01 * (1.0 - frozen) if layer.decay < 1.0 else 0.0
+    # Evaluation is on the moving range.
+    found = np.asarray(layer(batch, site=0, training=False))
+    assert found[-1] == pytest.approx(1.0 + moves * 9.0, abs=0.01)
+
+
+def test_fresh_batch_norms_do_not_blow_up_the_gradient():
+    """Calibration sees unit statistics, training a batch's own; without a limit on clipping the gradient
+    of the first kernel was a thousand times the float model's."""
+    keras.utils.set_random_seed(0)
+    x = image = keras.Input((16,))
+    for i in range(16):
+        x = layers.Dense(16, use_bias=False, name=f"dense_{i}")(x)
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.999)(x))
+    model = keras.Model(image, layers.Dense(5)(x))
+    data = RNG.normal(size=(64, 16)).astype("float32")
+    sizes = []
+    for net in (model, kquant.quantize_model(model, calibration_data=data)):
+        with tf.GradientTape() as tape:
+            loss = CROSS_ENTROPY(CLASSES, net(data, training=True))
+        sizes.append(float(tf.norm(tape.gradient(loss, net.trainable_variables)[0])))
+    assert sizes[1] < 4 * sizes[0]
+
+
 def test_jit_compile_trains_the_same():
     model = small_cnn()
     start = kquant.quantize_model(model, calibration_data=IMAGES)

@@ -146,6 +146,18 @@ def test_frozen_ranges_stand_still():
     assert value(session, "kquant/x/maximum") > before
 
 
+def test_training_clips_a_batch_to_no_less_than_two_thirds_of_its_extremes():
+    net = small()
+    kquant.QAT_Quantizer()(net.graph, X, session=net.session())
+    session = net.session()
+    quantized = net.graph.get_tensor_by_name("kquant/x/quantized:0")
+    tops = [float(session.run(quantized, {net.x: 5 * X}).max()) / float(X.max())]
+    kquant.freeze_observers(session)
+    tops.append(float(session.run(quantized, {net.x: 5 * X}).max()) / float(X.max()))
+    # Two thirds of the batch; then the range, which has moved once.
+    np.testing.assert_allclose(tops, [10 / 3, 1.04], rtol=0.01)
+
+
 def test_range_moves_as_stated():
     """The first batch sets the range, then 1 % of the way to each further one (Jacob et al. 2018, section 3.1)."""
     net = small()

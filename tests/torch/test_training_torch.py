@@ -87,6 +87,36 @@ def test_ranges_follow_the_batches_as_written():
     np.testing.assert_allclose(quantizer.range(), (low, high), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("settings", "frozen", "ends"), [
+    ({}, False, [-16 / 3, 20 / 3]),  # two thirds of the batch
+    ({}, True, [-1.0, 1.0]),
+    ({"decay": 1.0}, False, [-1.0, 1.0]),  # Naive keeps its range
+    ({"symmetric": True}, False, [-20 / 3, 20 / 3]),
+])  # fmt: skip
+def test_training_clips_a_batch_to_no_less_than_two_thirds_of_its_extremes(settings, frozen, ends):
+    quantizer = FakeQuantize(8, **settings).train()
+    quantizer.set_range(-1.0, 1.0, 0)
+    quantizer.set_frozen(frozen)
+    batch = torch.tensor([-8.0, -0.5, 0.5, 10.0])
+    found = quantizer(batch, site=0)
+    np.testing.assert_allclose(found[[0, -1]], ends, atol=(ends[1] - ends[0]) / 250)  # a step, for nudging
+    moves = 0.01 if quantizer.decay < 1.0 and not frozen else 0.0
+    assert float(quantizer.eval()(batch, site=0)[-1]) == pytest.approx(1.0 + moves * 9.0, abs=0.01)
+
+
+def test_fresh_batch_norms_do_not_blow_up_the_gradient():
+    """Calibration sees unit statistics, training a batch's own; without a limit on clipping the gradient
+    of the first kernel was a thousand times the float model's."""
+    torch.manual_seed(0)
+    blocks = [m for _ in range(16) for m in (nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU())]
+    model, x, y = nn.Sequential(*blocks, nn.Linear(16, 5)), torch.randn(64, 16), torch.randint(0, 5, (64,))
+    sizes = []
+    for net in (model, kquant_torch.wrap(model, example_inputs=x, calibration_data=x)):
+        nn.functional.cross_entropy(net.train()(x), y).backward()
+        sizes.append(float(net.get_submodule("0").weight.grad.norm()))
+    assert sizes[1] < 4 * sizes[0]
+
+
 def test_portable_weights_stay_within_63():
     x = images()
     for config in (None, [{"q_bits": 8, "op_types": ["default"], "quantizer": "dorefa"}]):
