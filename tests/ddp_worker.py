@@ -19,7 +19,7 @@ BATCH = 8
 
 
 def batch(i: int) -> torch.Tensor:
-    return torch.randn(2 * BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(100 + i)) * (1 + i)
+    return torch.randn(2 * BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(100 + i)) * (1 + i / 4)
 
 
 def wrapped(norms: str, config) -> torch.nn.Module:
