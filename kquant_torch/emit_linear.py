@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kquant.core.affine import Affine, bias_error, round_half_up
+from kquant.core.affine import bias_error, bias_unit, round_half_up
 from kquant.core.fold import check_bias
 from kquant.core.integer import IntOp, IntWeight
 from kquant.core.parity import TIE
+from kquant.core.widen import gain_for_bias
 from kquant_torch.emit import Emitter, literal, writes
 
 
@@ -21,19 +22,20 @@ def arrays(e: Emitter, op: IntOp, codes: np.ndarray) -> tuple[str, str, str]:
     """A kernel in the file: its codes, scales and bias."""
     weight = op.weight
     assert weight is not None
-    kernel = e.array(f"{op.id}/kernel", codes)
-    scale = e.array(f"{op.id}/scale", weight.scale)
-    return kernel, scale, e.array(f"{op.id}/bias", held_bias(e, op).astype(np.float32))
+    gain = gain_for_bias(weight, e.affine(op.inputs[0]), e.affine(op.outputs[0]), e.backend.target.accumulator)
+    kernel = e.array(f"{op.id}/kernel", codes * np.int8(gain))
+    scale = e.array(f"{op.id}/scale", weight.scale / np.float32(gain))
+    return kernel, scale, e.array(f"{op.id}/bias", held_bias(e, op, gain).astype(np.float32))
 
 
-def held_bias(e: Emitter, op: IntOp) -> np.ndarray:
+def held_bias(e: Emitter, op: IntOp, gain: int) -> np.ndarray:
     """The bias as a multiple of `s_in * s_w`, as integer kernels hold it, so that every artifact gives the same codes.
 
     Where that unit is so coarse that rounding to it would show, a kernel that takes a float is given the bias as it is.
     """
     weight = op.weight
     assert weight is not None
-    unit = bias_unit(e.affine(op.inputs[0]), weight.scale)
+    unit = bias_unit(e.affine(op.inputs[0]), weight.scale) / gain
     takes_float = e.backend.target.accumulator.bias_limit == float("inf")
     if takes_float and bias_error(weight.bias, unit, e.affine(op.outputs[0])) > TIE:
         return weight.bias
@@ -45,12 +47,6 @@ def held_bias(e: Emitter, op: IntOp) -> np.ndarray:
 def kernel_shape(e: Emitter, op: IntOp) -> list[int]:
     """The shape of an op's input with a batch of one."""
     return [1 if s is None else int(s) for s in e.model.tensors[op.inputs[0]].shape]
-
-
-def bias_unit(source: Affine, scale: np.ndarray) -> np.ndarray:
-    """`s_in * s_w`, one per output channel, float64."""
-    unit: np.ndarray = np.float64(source.scale) * scale.astype(np.float64)
-    return unit
 
 
 @writes("conv2d")

@@ -14,15 +14,17 @@ import numpy as np
 
 from kquant.core.affine import Affine, bias_codes
 from kquant.core.errors import ExportError, UnsupportedError
+from kquant.core.fold import check_bias
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.target import Accumulator, Target
+from kquant.core.widen import gain_for_bias
 from kquant_torch.emit import SHIFT_OF_CODES
-from kquant_torch.target import ONEDNN
+from kquant_torch.target import ONEDNN, PORTABLE
 
 OPSET = 18
 IR_VERSION = 9
 # The fused kernels of onnxruntime add an int32 bias to the sum, so it must fit.
-ONNX: Target = replace(ONEDNN, name="onnx", accumulator=Accumulator(bias_limit=2.0**30))
+ONNX: Target = replace(ONEDNN, name="onnx", accumulator=Accumulator(bias_limit=2.0**30, widest=PORTABLE))
 
 Writer = Callable[["OnnxEmitter", IntOp], str]
 WRITERS: dict[str, Writer] = {}
@@ -106,10 +108,14 @@ class OnnxEmitter:
     def weight(self, op: IntOp, codes: np.ndarray, axis: int) -> tuple[str, str]:
         """The dequantized kernel, output channels on `axis`, and bias of an op."""
         assert op.weight is not None
-        scale = self.array(f"{op.id}/kernel/scale", op.weight.scale)
+        source, target = (self.affine(t) for t in (op.inputs[0], op.outputs[0]))
+        gain = gain_for_bias(op.weight, source, target, ONNX.accumulator)
+        scales = op.weight.scale / np.float32(gain)
+        data, unit = bias_codes(op.weight.bias, source, scales)
+        check_bias(op.weight.bias, unit, op.outputs[0], target)
+        scale = self.array(f"{op.id}/kernel/scale", scales)
         zero = self.array(f"{op.id}/kernel/zero_point", np.zeros(op.weight.scale.size, np.int8))
-        kernel = self.array(f"{op.id}/kernel", codes)
-        data, unit = bias_codes(op.weight.bias, self.affine(op.inputs[0]), op.weight.scale)
+        kernel = self.array(f"{op.id}/kernel", codes * np.int8(gain))
         made = self.node("DequantizeLinear", [kernel, scale, zero], f"{op.id}/kernel/real", axis=axis)
         bias = [self.array(f"{op.id}/bias", data), self.array(f"{op.id}/bias/scale", unit)]
         bias.append(self.array(f"{op.id}/bias/zero_point", np.zeros(data.size, np.int32)))

@@ -105,7 +105,7 @@ QUANTIZED = replace(
     ONEDNN,
     name="quantized",
     rows={kind: _row(kind, kernel) for kind, kernel in QUANTIZED_KERNELS.items()} | {"identity": ROWS["identity"]},
-    accumulator=Accumulator(bias_limit=2.0**30, largest=2.0**8),
+    accumulator=Accumulator(bias_limit=2.0**30, largest=2.0**8, widest=PORTABLE),
 )
 
 TARGETS = {target.name: target for target in (ONEDNN, ONEDNN_FUSED, QUANTIZED)}  # of TorchScript files

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import bias_error
+from kquant.core.affine import bias_error, bias_unit
 from kquant.core.calibration import batches
 from kquant.core.files import read_bytes
 from kquant.core.graph import Graph
@@ -16,9 +16,9 @@ from kquant.core.parameters import FLOAT_UNIT, Found, Grid, compare_grids, compa
 from kquant.core.parity import MEAN_ERROR_LIMIT, TIE, ParityReport
 from kquant.core.target import Target
 from kquant.core.verification import Verification, check_same
+from kquant.core.widen import gain_for_bias
 from kquant_torch.archive import Archive, decode
 from kquant_torch.emit import SHIFT_OF_CODES
-from kquant_torch.emit_linear import bias_unit
 from kquant_torch.export import integer_model, quantized_graph
 from kquant_torch.onnx_emit import ONNX
 from kquant_torch.program import Program, array_of, calls, dotted, parse
@@ -97,7 +97,8 @@ class _File:
         source, affine = (self.model.tensors[t].affine for t in (op.inputs[0], op.outputs[0]))
         if self.target.accumulator.bias_limit == float("inf") or op.weight is None or source is None or affine is None:
             return 0.0  # a float32 bias has no unit
-        error = bias_error(op.weight.bias, bias_unit(source, op.weight.scale), affine)
+        unit = bias_unit(source, op.weight.scale) / gain_for_bias(op.weight, source, affine, self.target.accumulator)
+        error = bias_error(op.weight.bias, unit, affine)
         return error if error > TIE else 0.0
 
     def mean_bound(self, op: IntOp) -> float:

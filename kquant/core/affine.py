@@ -149,12 +149,18 @@ def fake_quantize(x: Any, scale: Any, zero_point: Any, qmin: float, qmax: float,
     return (codes - zero_point) * scale
 
 
+def bias_unit(source: Affine, scale: np.ndarray) -> np.ndarray:
+    """`s_in * s_w`, of which an integer bias is a multiple; one per output channel, float64."""
+    unit: np.ndarray = np.float64(source.scale) * scale.astype(np.float64)
+    return unit
+
+
 def bias_codes(bias: np.ndarray, source: Affine, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """int32 codes of a bias and their scale `s_in * s_w`, float32.
 
     Source: TensorFlow Lite 8-bit quantization specification, bias of CONV_2D and others.
     """
-    unit = np.float64(source.scale) * scale.astype(np.float64)
+    unit = bias_unit(source, scale)
     codes = round_half_up(bias / unit)
     return codes.astype(np.int32), unit.astype(np.float32)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import INT8_MAX, Affine
+from kquant.core.affine import Affine
 from kquant.core.constants import constant_codes
 from kquant.core.fold import check_finite, fold
 from kquant.core.graph import Graph, Op, Shape
@@ -282,7 +282,7 @@ class Lowering:
         if self.target.accumulator.bias_limit == float("inf"):  # a float bias has no unit
             return False
         source = known(self.tensors[tensor].affine)
-        gain = INT8_MAX // max(int(np.abs(weight.codes).max(initial=0)), 1)
+        gain = max(self.target.accumulator.widest // max(int(np.abs(weight.codes).max(initial=0)), 1), 1)
         return source.bits < 8 and float(source.scale * weight.scale.max() / target.scale) / gain > COARSE_UNIT
 
     def _spread(self, tensor: str) -> str:

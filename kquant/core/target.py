@@ -15,11 +15,13 @@ class Accumulator:
     Args:
         bias_limit: the largest bias in units of `s_in * s_w`; infinite where the bias is a float.
         smallest, largest: the multipliers `s_in * s_w / s_out` that the kernel holds.
+        widest: the largest weight code up to which codes of fewer bits may be spread, for a finer unit of the bias.
     """
 
     bias_limit: float = float("inf")
     smallest: float = 0.0
     largest: float = float("inf")
+    widest: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,5 +59,5 @@ TFLITE = Target(
     fixed_kernels=True,
     requantize_by_kernel=True,
     clamps=False,
-    accumulator=Accumulator(bias_limit=2.0**30, smallest=2.0**-30, largest=2.0**8),
+    accumulator=Accumulator(bias_limit=2.0**30, smallest=2.0**-30, largest=2.0**8, widest=127),
 )

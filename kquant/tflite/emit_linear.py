@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import INT16_MAX, bias_codes
+from kquant.core.affine import INT16_MAX, bias_codes, bias_unit
 from kquant.core.errors import UnsupportedError
 from kquant.core.fold import check_bias
 from kquant.core.int8_spec import INT4_SHIFT, ROWS
 from kquant.core.integer import IntOp
+from kquant.core.target import TFLITE
+from kquant.core.widen import BIAS_LIMIT, most_gain
 from kquant.tflite.emit import Emitter, fused, lowers, padding
 
 INT4_VERSION = {"CONV_2D": 7, "DEPTHWISE_CONV_2D": 6, "FULLY_CONNECTED": 10}
-BIAS_LIMIT = 2.0**31 - 2.0**20  # the largest int32 bias code that leaves room for rounding
 
 
 def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
@@ -26,16 +27,13 @@ def stored(e: Emitter, op: IntOp) -> tuple[int, int]:
     kernels run, is used where r is at least `INT4_SHIFT`; elsewhere the codes lie in int8 and run on exact kernels.
     """
     weight = op.weight
-    largest = max(int(np.abs(weight.codes).max(initial=0)), 1)
-    # The finer accumulator must still hold the bias; XNNPACK's int4 kernels keep theirs times 16.
-    unit = np.float64(e.affine(op.inputs[0]).scale) * weight.scale.astype(np.float64)
-    bias = max(float((np.abs(weight.bias) / unit).max(initial=0.0)), 1.0)
-    gain4 = min(7 // largest, int(BIAS_LIMIT / 16 / bias))
-    multiplier = unit.max() / np.float64(e.affine(op.outputs[0]).scale)
-    narrow = weight.storage_bits == 4 and e.affine(op.inputs[0]).bits != 16 and gain4 >= 1
+    source = e.affine(op.inputs[0])
+    gain4 = most_gain(weight, source, 7, BIAS_LIMIT / 16)  # XNNPACK's int4 kernels keep their biases times 16
+    multiplier = bias_unit(source, weight.scale).max() / np.float64(e.affine(op.outputs[0]).scale)
+    narrow = weight.storage_bits == 4 and source.bits != 16 and gain4 >= 1
     if narrow and multiplier / gain4 < 2.0**-INT4_SHIFT:
         return 4, gain4
-    return 8, max(min(127 // largest, int(BIAS_LIMIT / bias)), 1)
+    return 8, max(most_gain(weight, source, TFLITE.accumulator.widest), 1)
 
 
 def weights(e: Emitter, op: IntOp, codes: np.ndarray, axis: int) -> tuple[int, int, int]:
