@@ -70,23 +70,19 @@ def is_refused(model: torch.nn.Module, path, x: torch.Tensor, backend: str) -> b
 def check(description: Description, folder, engine: str) -> set:
     """Assert the contract of an export on one model, with both backends; returns what occurred in it."""
     model = quantized(description)
-    first, second = folder / "first.pt", folder / "second.pt"
-    x = data(description, 0)[:2]
-    if is_refused(model, first, x, "onednn"):
-        assert is_refused(model, second, x, "quantized")  # its kernels hold less
-        return {("refused", "onednn"), ("refused", "quantized")}
-    assert kquant_torch.audit(first).fully_integer
-    report = kquant_torch.verify(model, first, [data(description, 2, VERIFIED)])
-    assert report.ok, report.problems
-    kquant_torch.export_torchscript(model, second, example_inputs=x)
-    assert first.read_bytes() == second.read_bytes()
-    second.unlink()
-    if is_refused(model, second, x, "quantized"):  # biases in int32
-        return occurrences(model, description) | {("refused", "quantized")}
-    assert kquant_torch.audit(second).fully_integer
-    report = kquant_torch.verify(model, second, [data(description, 2, VERIFIED)])
-    assert report.ok, (engine, report.problems)
-    return occurrences(model, description)
+    path, x, found = folder / "model.pt", data(description, 0)[:2], occurrences(model, description)
+    for backend in BACKENDS:
+        path.unlink(missing_ok=True)
+        if is_refused(model, path, x, backend):
+            found.add(("refused", backend))
+            continue
+        assert kquant_torch.audit(path).fully_integer
+        report = kquant_torch.verify(model, path, [data(description, 2, VERIFIED)])
+        assert report.ok, (backend, engine, report.problems)
+        content = path.read_bytes()
+        kquant_torch.export_torchscript(model, path, example_inputs=x, backend=backend)
+        assert content == path.read_bytes()
+    return found
 
 
 @pytest.mark.filterwarnings("ignore:DoReFa clips activations")
