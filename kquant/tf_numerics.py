@@ -163,7 +163,8 @@ def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> T
         nonneg: the range starts at zero.
         decay: of the exponential moving average; 1.0 keeps the first range.
     """
-    low, high = batch_range(x, nonneg)
+    # To the gradient a range is a constant, as one that is read from a variable is.
+    low, high = batch_range(tf.stop_gradient(x), nonneg)
     low, high = low * state.covered_low[site], high * state.covered_high[site]
     here = np.arange(int(state.seen.shape[0])) == site
     alone = here.size == 1

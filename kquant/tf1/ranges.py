@@ -62,8 +62,7 @@ class Range:
         before: list[Any] = []
         batch: tuple[Any, Any] = (0.0, 0.0)
         if self.training and site.index is not None and not self.fixed:
-            # The range is a constant to the gradient, as one that was read from a variable is.
-            before, batch = self._observe(tf.stop_gradient(wide), site.index)
+            before, batch = self._observe(wide, site.index)
         low, high, seen = self._in_force(batch)
         value = fake_quantize_range(wide, low, high, self.spec.bits)
         ready = self._ready(seen)

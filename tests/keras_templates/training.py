@@ -96,8 +96,12 @@ def test_training_clips_a_batch_to_no_less_than_two_thirds_of_its_extremes(setti
     layer.build(None)
     layer.set_range(-1.0, 1.0, 0)
     layer.set_frozen(frozen)
-    batch = np.array([-8.0, -0.5, 0.5, 10.0], "float32")
-    found = np.asarray(layer(batch, site=0, training=True))
+    batch = tf.constant([-8.0, -0.5, 0.5, 10.0])
+    with tf.GradientTape() as tape:
+        tape.watch(batch)
+        found = layer(batch, site=0, training=True)
+    assert tape.gradient(found, batch).numpy().tolist() == [0.0, 1.0, 1.0, 0.0]
+    found = np.asarray(found)
     np.testing.assert_allclose(found[[0, -1]], ends, atol=(ends[1] - ends[0]) / 250)  # a step, for nudging
     moves = 0.01 * (1.0 - frozen) if layer.decay < 1.0 else 0.0
     # Evaluation is on the moving range.

@@ -97,11 +97,13 @@ def test_training_clips_a_batch_to_no_less_than_two_thirds_of_its_extremes(setti
     quantizer = FakeQuantize(8, **settings).train()
     quantizer.set_range(-1.0, 1.0, 0)
     quantizer.set_frozen(frozen)
-    batch = torch.tensor([-8.0, -0.5, 0.5, 10.0])
+    batch = torch.tensor([-8.0, -0.5, 0.5, 10.0], requires_grad=True)
     found = quantizer(batch, site=0)
-    np.testing.assert_allclose(found[[0, -1]], ends, atol=(ends[1] - ends[0]) / 250)  # a step, for nudging
+    found.sum().backward()
+    assert batch.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+    np.testing.assert_allclose(found.detach()[[0, -1]], ends, atol=(ends[1] - ends[0]) / 250)  # a step, for nudging
     moves = 0.01 if quantizer.decay < 1.0 and not frozen else 0.0
-    assert float(quantizer.eval()(batch, site=0)[-1]) == pytest.approx(1.0 + moves * 9.0, abs=0.01)
+    assert float(quantizer.eval()(batch.detach(), site=0)[-1]) == pytest.approx(1.0 + moves * 9.0, abs=0.01)
 
 
 def test_fresh_batch_norms_do_not_blow_up_the_gradient():
