@@ -274,19 +274,10 @@ def made_quantizer(spec: WeightSpec, op: Op, axes: tuple[int, ...] | None, norm:
 
 
 def _folded_norms(plan: Plan, model: nn.Module) -> dict[str, Any]:
-    """For op ids, the batch norm that the op's kernel holds; a layer that is called before several norms holds none."""
+    """For op ids, the batch norm that the op's kernel holds."""
     ops = {op.id: op for op in plan.graph.ops}
-    norms: dict[str, list[Any]] = {}
-    for op_id, spec in plan.weights.items():
-        norm = None if spec.folds_norm is None else model.get_submodule(str(ops[spec.folds_norm].source.target))
-        norms.setdefault(_called(ops[op_id]), []).append(norm)
-    alone = {key for key, found in norms.items() if all(norm is found[0] for norm in found)}
-    return {i: norms[_called(ops[i])][0] for i in plan.weights if _called(ops[i]) in alone}
-
-
-def _called(op: Op) -> str:
-    """What an op runs: the name of its module, or the op itself."""
-    return str(op.source.target) if op.source.op == "call_module" else f"function {op.id}"
+    held = {op_id: spec.folds_norm for op_id, spec in plan.weights.items() if spec.folds_norm is not None}
+    return {op_id: model.get_submodule(str(ops[norm].source.target)) for op_id, norm in held.items()}
 
 
 def _quantize_layer(module: Any, spec: WeightSpec, op: Op, axes: tuple[int, ...] | None, norm: Any) -> None:

@@ -16,9 +16,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from kquant_torch.handlers import function_name
+from kquant_torch.reader import Reader
 from kquant_torch.trace import Described, Inputs, drop_unused, propagate
 
 Expander = Callable[..., Any]
+NEVER = -1e4  # what is added to a score to leave it out: minus infinity, or a number as people write instead
 MODULES: dict[type, Expander] = {}
 FUNCTIONS: dict[str, Expander] = {}
 
@@ -33,6 +35,23 @@ class Site:
 
     def _inside(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name
+
+    def node_proxy(self) -> fx.Proxy:
+        """What the composite gives."""
+        return fx.Proxy(self.node, self.tracer)
+
+    def refuse(self, reason: str) -> None:
+        """Leave the node as it is, for a reason that its refusal then states."""
+        self.node.meta["reason"] = reason
+
+    def batch_axis(self, proxy: fx.Proxy) -> int | None:
+        """The axis of a tensor that follows the size of the batch; None where that is not known."""
+        meta = proxy.node.meta
+        if not isinstance(meta.get("other"), Described):
+            return None
+        pairs = zip(meta["value"].shape, meta["other"].shape, strict=True)
+        found = [i for i, (a, b) in enumerate(pairs) if a != b]
+        return found[0] if len(found) == 1 else None
 
     def shape(self, proxy: fx.Proxy) -> tuple[int, ...]:
         """The sizes of a proxy's tensor on the example inputs."""
@@ -85,7 +104,7 @@ def expands(*names: str) -> Callable[[Expander], Expander]:
 
 def load_expanders() -> None:
     """Import the modules that enter their expanders, which need this one."""
-    for name in ("attention", "layers", "norms", "pools", "shapes"):
+    for name in ("attention", "layers", "norms", "pools", "select", "shapes"):
         importlib.import_module(f"kquant_torch.expand_{name}")
 
 
@@ -180,6 +199,11 @@ def is_parameter(proxy: Any) -> bool:
             return False
         pending += [n for n in node.all_input_nodes if "value" not in n.meta or _is_tensor(n)]
     return True
+
+
+def constant_value(site: Site, proxy: Any) -> torch.Tensor:
+    """The present value of a tensor of parameters and constants."""
+    return Reader(site.model, site.node.graph, frozenset(), ()).run(proxy.node, {})
 
 
 def _is_tensor(node: fx.Node) -> bool:

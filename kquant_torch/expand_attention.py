@@ -8,21 +8,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
 
-from kquant_torch.expand import Site, expands, expands_module, is_parameter
+from kquant_torch.expand import NEVER, Site, constant_value, expands, expands_module, is_parameter
 from kquant_torch.functions import masked_softmax, scaled_softmax
 from kquant_torch.handlers import function_name
 from kquant_torch.modes import dropout_of
-from kquant_torch.reader import Reader
 from kquant_torch.tracer import NotTraceable
 
-NEVER = -1e4  # what is added to a score to leave it out: minus infinity, or a number as people write instead
-
 # -- masks ----------------------------------------------------------------------------------------------------------
-
-
-def _value(site: Site, proxy: Any) -> torch.Tensor:
-    """The present value of a tensor of parameters and constants."""
-    return Reader(site.model, site.node.graph, frozenset(), ()).run(proxy.node, {})
 
 
 def _softmax(site: Site, scores: Any, beta: float, dim: int, mask: Any = None, keeps: bool = True) -> Any:
@@ -35,7 +27,7 @@ def _softmax(site: Site, scores: Any, beta: float, dim: int, mask: Any = None, k
         return tracer.create_proxy("call_function", scaled_softmax, (scores, float(beta), dim), {})
     if not is_parameter(mask):
         return None
-    value = _value(site, mask)
+    value = constant_value(site, mask)
     if value.dtype == torch.bool:
         keep, kept = (mask, value) if keeps else (torch.logical_not(mask), ~value)
     else:
@@ -67,7 +59,7 @@ def _softmax_of_masked(site: Site, input: Any, dim: Any = None, _stacklevel: int
         return _softmax(site, given[1], 1.0, dim, given[0])
     if name in ("add", "radd") and len(given) == 2:
         scores, mask = given if not is_parameter(given[0]) else given[::-1]
-        if is_parameter(mask) and bool((_value(site, mask) <= NEVER).any()):
+        if is_parameter(mask) and bool((constant_value(site, mask) <= NEVER).any()):
             return _softmax(site, scores, 1.0, dim, mask)
     return None
 
@@ -117,26 +109,41 @@ def _multi_head(
     site: Site, query: Any, key: Any, value: Any, key_padding_mask: Any = None, need_weights: bool = True,
     attn_mask: Any = None, average_attn_weights: bool = True, is_causal: bool = False,
 ) -> Any:  # fmt: skip
-    m, node = site.module, site.node
-    wants_scores = any(user.args[1:] != (0,) and user.users for user in node.users)
-    special = m.bias_k is not None or m.add_zero_attn or not m._qkv_same_embed_dim
-    masked = key_padding_mask is not None or (attn_mask is not None and len(site.shape(attn_mask)) != 2)
-    if wants_scores or special or masked or not m.batch_first or len(site.shape(query)) != 3:
-        return None
-    size, heads = m.embed_dim, m.num_heads
+    m = site.module
+    reason = _why_not(site, query, key_padding_mask, attn_mask)
+    if reason:
+        return site.refuse(reason)
+    size, heads, by_batch = m.embed_dim, m.num_heads, m.batch_first
     weight, bias = site.parameter("in_proj_weight"), site.parameter("in_proj_bias")
     parts = []
     for i, x in enumerate((query, key, value)):
-        rows = slice(i * size, (i + 1) * size)
+        rows, length = slice(i * size, (i + 1) * size), site.shape(x)[1 if by_batch else 0]
+        x = x if by_batch else torch.transpose(x, 0, 1)
         y = F.linear(x, weight[rows], None if bias is None else bias[rows])
-        y = torch.reshape(y, (-1, site.shape(x)[1], heads, size // heads))
+        y = torch.reshape(y, (-1, length, heads, size // heads))
         parts.append(torch.transpose(y, 1, 2))
     y = _attention(site, *parts, (size // heads) ** -0.5, m.dropout, attn_mask, keeps=False)
     if y is None:
-        return None
-    y = torch.reshape(torch.transpose(y, 1, 2), (-1, site.shape(query)[1], size))
+        return site.refuse("an attention whose mask follows the model's inputs has no integer form")
+    y = torch.reshape(torch.transpose(y, 1, 2), (-1, site.shape(query)[1 if by_batch else 0], size))
     out = F.linear(y, *(_child_parameter(site, "out_proj", n) for n in ("weight", "bias")))
-    return (out, None)
+    return (out if by_batch else torch.transpose(out, 0, 1), None)
+
+
+def _why_not(site: Site, query: Any, padding: Any, mask: Any) -> str:
+    """Why an attention layer stays as it is, or an empty string."""
+    m, axis = site.module, 0 if site.module.batch_first else 1
+    if padding is not None:
+        return "an attention with key_padding_mask, which follows the model's inputs, has no integer form"
+    if any(user.args[1:] != (0,) and user.users for user in site.node.users):
+        return "an attention whose weights are read has no integer form; call it with need_weights=False"
+    if m.bias_k is not None or m.add_zero_attn or not m._qkv_same_embed_dim:
+        return "an attention with add_bias_kv, add_zero_attn, kdim or vdim has no integer form"
+    if mask is not None and len(site.shape(mask)) != 2:
+        return "an attention with a mask for each head has no integer form"
+    if len(site.shape(query)) != 3 or site.batch_axis(query) not in (axis, None if m.batch_first else axis):
+        return f"an attention of batch_first={m.batch_first} needs three axes with the samples on axis {axis}"
+    return ""
 
 
 def _child_parameter(site: Site, child: str, name: str) -> Any:

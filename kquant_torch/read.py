@@ -54,13 +54,14 @@ scale that broadcasts) and `is_waiting`. `call(inputs, float_weights=True)` runs
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
 from kquant.core.errors import ModelError, UnsupportedError
 from kquant.core.graph import Graph
+from kquant.core.stages import stages
 from kquant_torch.reader import Name, Reader
 from kquant_torch.trace import Inputs, propagate, trace
 from kquant_torch.tracer import NotTraceable
@@ -101,7 +102,22 @@ def read_code(model: nn.Module, example_inputs: Any = None) -> Reading:
     name = type(model).__name__.removeprefix("Quantized")
     ends = tensors, tuple(outputs)
     graph = Graph(tuple(reader.ops), reader.tensors, *ends, name, tensors, output_names, target_of(model))
-    return Reading(graph, model, code, inputs, reader.names, reader.items, reader.constants)
+    return Reading(_with_shared_kernels(graph), model, code, inputs, reader.names, reader.items, reader.constants)
+
+
+def _with_shared_kernels(graph: Graph) -> Graph:
+    """Mark the layers that are called before different norms: their one quantizer cannot hold the gains of several."""
+    norms: dict[str, set[str]] = {}
+    for stage in stages(graph):
+        if stage.anchor.source.op == "call_module":
+            norm = "" if stage.norm is None else str(stage.norm.source.target)
+            norms.setdefault(str(stage.anchor.source.target), set()).add(norm)
+    several = {layer for layer, found in norms.items() if len(found) > 1}
+    ops = [
+        replace(op, attrs={**op.attrs, "may_hold_norm": False}) if str(op.source.target) in several else op
+        for op in graph.ops
+    ]
+    return replace(graph, ops=tuple(ops))
 
 
 def read(model: nn.Module, example_inputs: Any = None) -> Graph:

@@ -308,7 +308,7 @@ def _reduce(
     rank = r.rank(input)
     dims = range(rank) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
     found = tuple(sorted(d % rank for d in dims))
-    if 0 in found:
+    if any(r.follows_batch(input, d) for d in found):
         raise Refused("a reduction over the batch has no counterpart in the artifact")
     return r.add(REDUCTIONS[function_name(node)], node, [input], {"dim": found, "keepdim": bool(keepdim)})
 

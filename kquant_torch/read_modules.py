@@ -30,7 +30,7 @@ def read_unknown_module(r: Reader, node: fx.Node, module: nn.Module, *args: Any,
     same = len(operands) == 1 and getattr(node.meta["value"], "shape", None) == operands[0].meta["value"].shape
     call = r.caller(node, operands)
     if not same or has_state or not is_elementwise(lambda values: call([values])[0]):
-        return opaque(r, node, f"the layer {name} has no integer form")
+        return opaque(r, node, node.meta.get("reason", f"the layer {name} has no integer form"))
     return r.add("elementwise", node, operands, {"fn": name.lower()})
 
 

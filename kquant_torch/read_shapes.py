@@ -127,7 +127,8 @@ def _pad(r: Reader, node: fx.Node, input: Any, pad: Any, mode: str = "constant",
     paddings = [(0, 0)] * rank
     for i in range(len(amounts) // 2):
         paddings[rank - 1 - i] = (int(amounts[2 * i]), int(amounts[2 * i + 1]))
-    if paddings[0] != (0, 0) or any(low < 0 or high < 0 for low, high in paddings):
+    moved = [r.follows_batch(input, axis) for axis, amount in enumerate(paddings) if amount != (0, 0)]
+    if any(moved) or any(low < 0 or high < 0 for low, high in paddings):
         raise Refused("padding of the batch axis, or by a negative amount, has no kernel; slice instead")
     if mode == "constant":
         return r.add("pad", node, [input], {"paddings": tuple(paddings), "value": float(value or 0.0)})
@@ -154,16 +155,13 @@ def _transpose(r: Reader, node: fx.Node, input: Any, *args: Any, **kwargs: Any) 
     probe = torch.empty(tuple(range(2, 2 + rank)))  # distinct sizes show where each axis goes
     args, kwargs = r.constant_of(args), r.constant_of(kwargs)
     moved = getattr(probe, function_name(node))(*args, **kwargs)
-    dims = tuple(size - 2 for size in moved.shape)
-    if dims[0] != 0:
-        raise Refused("a transpose that moves the batch axis has no counterpart in the artifact")
-    return r.add("transpose", node, [input], {"dims": dims})
+    return r.add("transpose", node, [input], {"dims": tuple(size - 2 for size in moved.shape)})
 
 
 @reads("cat", "concat", "concatenate")
 def _concat(r: Reader, node: fx.Node, tensors: Any, dim: int = 0, *, axis: Any = None) -> Any:
     at = (dim if axis is None else axis) % r.rank(node)
-    if at == 0:
+    if r.follows_batch(node, at):
         raise Refused("a concatenation along the batch has no counterpart in the artifact")
     if not all(r.is_data(t) for t in tensors):
         raise Refused("a concatenation with constants has no integer form")
@@ -201,7 +199,7 @@ def _getitem(r: Reader, node: fx.Node, input: Any, key: Any) -> Any:
     arrays = [i for i, k in enumerate(key) if not isinstance(k, (int, slice))]
     if arrays:
         plain = all(k == slice(None) for i, k in enumerate(key) if i not in arrays)
-        if len(arrays) > 1 or not plain or arrays[0] == 0:
+        if len(arrays) > 1 or not plain or r.follows_batch(input, arrays[0]):
             raise Refused("indexing with arrays on more than one axis, or on the batch, has no integer form")
         return _gather(r, node, input, arrays[0], np.asarray(key[arrays[0]], np.int64))
     return add_slice(r, node, input, key)
@@ -216,7 +214,8 @@ def add_slice(r: Reader, node: fx.Node, input: fx.Node, key: Sequence[Any], call
         begin.append(part.start)
         end.append(part.stop)
         strides.append(part.step or 1)
-    if (begin[0], end[0], strides[0]) != (None, None, 1):
+    parts = enumerate(zip(begin, end, strides, strict=True))
+    if any(part != (None, None, 1) and r.follows_batch(input, axis) for axis, part in parts):
         raise Refused("a slice of the batch axis has no counterpart in the artifact")
     attrs = {"begin": tuple(begin), "end": tuple(end), "strides": tuple(strides), "shrink": tuple(shrink)}
     return r.add("strided_slice", node, [input], attrs, call=call)
@@ -245,7 +244,7 @@ def _index_select(r: Reader, node: fx.Node, input: Any, dim: int, index: Any) ->
 
 def _gather(r: Reader, node: fx.Node, input: Any, dim: int, indices: np.ndarray) -> Any:
     dim = dim % r.rank(input)
-    if dim == 0 or indices.ndim != 1:
+    if r.follows_batch(input, dim) or indices.ndim != 1:
         raise Refused("indexing of the batch axis, or with a matrix of indices, has no integer form")
     at = torch.as_tensor(indices)
     call = r.function(lambda x: torch.index_select(x, dim, at.to(x.device)))

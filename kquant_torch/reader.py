@@ -69,16 +69,19 @@ class Reader:
         given = node.meta["value"]
         flat, structure = pytree.tree_flatten(given)
         shapes = pytree.tree_leaves(self.shape_of(node))
-        outputs = [name.id if i == 0 else f"{name.id}:{i}" for i in range(len(flat))]
-        for tensor, value, shape in zip(outputs, flat, shapes, strict=True):
-            self.tensors[tensor] = Tensor(tensor, shape.sizes, _numpy_name(value.dtype))
+        found = [name.id if i == 0 else f"{name.id}:{i}" for i in range(len(flat))]
+        found = [None if value is None else tensor for tensor, value in zip(found, flat, strict=True)]
+        for tensor, value, shape in zip(found, flat, shapes, strict=True):
+            if tensor is not None:
+                self.tensors[tensor] = Tensor(tensor, shape.sizes, _numpy_name(value.dtype))
+        outputs = [tensor for tensor in found if tensor is not None]
         self.ops.append(
             Op(
                 name.id, kind, tuple(inputs), tuple(outputs), {**(attrs or {}), "aliases": name.aliases},
                 weights or {}, name.layer, name.type_name, call or self.caller(node, operands), node,
             )
         )  # fmt: skip
-        return pytree.tree_unflatten(outputs, structure)
+        return pytree.tree_unflatten(found, structure)
 
     def caller(self, node: fx.Node, operands: Sequence[Any]) -> Callable:
         """Runs a node as it stands on given values of its operands, in evaluation mode."""
@@ -190,6 +193,10 @@ class Reader:
         """The shape of a node's only tensor."""
         return self.shape_of(node).sizes
 
+    def follows_batch(self, node: fx.Node, axis: int) -> bool:
+        """Whether the size of an axis of a node's only tensor is that of the batch."""
+        return self.sizes(node)[axis] is None
+
     def rank(self, node: fx.Node) -> int:
         """The number of axes of a node's tensor."""
         return len(node.meta["value"].shape)
@@ -253,7 +260,7 @@ class Reader:
         self.data.add(node)
         if node.op == "call_function" and node.target in (operator.getitem, getattr):
             given, key = self.values.get(node.args[0]), node.args[1]
-            if not isinstance(given, str) and isinstance(key, (int, str)):
+            if not isinstance(given, str) and isinstance(key, (int, str, slice)):
                 self._item(node, getattr(given, key) if isinstance(key, str) else given[key])
                 return
         self._current = self._named(node)

@@ -194,6 +194,22 @@ LAYERS = {
         tokens,
         ["dense"] * 4 + ["reshape", "transpose"] * 4 + ["transpose", "batch_matmul", "softmax", "batch_matmul"],
     ),
+    "attention with the batch second": (
+        lambda: One(
+            lambda m, x: (lambda y: m.a(y, y, y, need_weights=False)[0].mean(0))(x.permute(1, 0, 2)),
+            a=nn.MultiheadAttention(8, 2),
+        ),
+        tokens,
+        ["dense"] * 4 + ["batch_matmul", "softmax", "batch_matmul"],
+    ),
+    "encoder with the batch second": (
+        lambda: One(
+            lambda m, x: m.e(x.transpose(0, 1))[0],
+            e=nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False),
+        ),
+        tokens,
+        ["softmax", "batch_matmul"],
+    ),
     "encoder with dropout": (
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, nn.LayerNorm(8), enable_nested_tensor=False
@@ -453,6 +469,22 @@ FUNCTIONS = {
         tokens,
         l=lambda: nn.Linear(8, 8),
         b=lambda: torch.randn(5, 5).masked_fill(torch.eye(5) > 0, float("-inf")),
+    ),
+    "where a mask says": one(
+        lambda m, x: torch.where(m.k[:5, :8], m.l(x), x * 2.0),
+        ["dense", "mul", "mul", "add"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        k=lambda: torch.eye(9) < 0.5,
+    ),
+    "where with numbers": one(
+        lambda m, x: torch.where(
+            m.k, torch.where(m.k.flip(0), m.l(x), torch.zeros_like(x)).masked_fill(m.k.flip(1), 0.5), -0.75
+        ),
+        ["dense", "mul", "mul", "mul"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+        k=lambda: torch.ones(5, 8).tril() > 0,
     ),
     "masked_fill": one(
         lambda m, x: F.softmax((m.l(x) @ x.mT * 0.4).masked_fill(m.k[:, : x.size(1), :5] == 0, float("-inf")), -1) @ x,

@@ -80,7 +80,8 @@ class Demands:
         gradient = None if entry.gradient_bits in (None, 32) else entry.gradient_bits
         spec = WeightSpec(entry.quantizer, entry.weight_bits, per_channel, gradient, entry.start_step)
         one_scale = entry.weight_per_channel is False and entry.quantizer != "dorefa"
-        if one_scale and stage.norm is not None and stage.norm.attrs.get("normalizes"):
+        holds = stage.anchor.attrs.get("may_hold_norm", True)
+        if one_scale and holds and stage.norm is not None and stage.norm.attrs.get("normalizes"):
             spec = replace(spec, folds_norm=stage.norm.id)
         return spec
 

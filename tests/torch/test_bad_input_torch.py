@@ -180,3 +180,30 @@ def test_weights_that_training_made_nan_are_not_exported(layer, tmp_path):
     with pytest.raises(kt.ModelError, match="layer '0': a finite"):
         kt.export_torchscript(qmodel, tmp_path / "m.pt", example_inputs=x)
     assert list(tmp_path.iterdir()) == []
+
+
+class Attending(nn.Module):
+    """Attention over tokens, called as `call` says."""
+
+    def __init__(self, call, **settings):
+        super().__init__()
+        self.a, self.call = nn.MultiheadAttention(8, 2, **{"batch_first": True, **settings}), call
+
+    def forward(self, x, mask):
+        return self.call(self.a, x, mask)[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "settings", "words"),
+    [
+        (lambda a, x, m: a(x, x, x, key_padding_mask=m, need_weights=False), {}, "key_padding_mask"),
+        (lambda a, x, m: (sum(a(x, x, x)[1].unbind(1)),), {}, "need_weights=False"),
+        (lambda a, x, m: a(x, x, x, need_weights=False), {"add_zero_attn": True}, "add_zero_attn"),
+        (lambda a, x, m: a(x, x, x, need_weights=False), {"batch_first": False}, "samples on axis 1"),
+    ],
+)
+def test_an_attention_without_an_integer_form_says_why(call, settings, words):
+    inputs = (torch.randn(2, 5, 8), torch.randn(2, 5))
+    with pytest.raises(kt.UnsupportedError, match=words) as refusal:
+        kt.wrap(Attending(call, **settings), example_inputs=inputs)
+    assert "layer 'a' (MultiheadAttention)" in str(refusal.value)

@@ -74,6 +74,26 @@ def assert_verifies(qmodel, data, path):
     assert parity.max_lsb <= 0.6
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("export", ["export_onnx", "export_program"])
+def test_the_other_files_hold_the_same_kernel_on_one_scale(kind, export, tmp_path):
+    """A gamma of zero among them; where each changes its layout is its own business, so `verify` compares the codes."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is an extra")
+    model, data = normed(kind, gamma=[1.0, 0.0, -2.0, 0.5, -0.25, 3.0])
+    qmodel = wrapped(model, data, [{**CONFIG[0], "q_bits": {"weight": 4, "output": 8}}])
+    path = tmp_path / "model"
+    getattr(kquant_torch, export)(qmodel, path, example_inputs=data[:2])
+    parity = kquant_torch.verify(qmodel, path, [data])
+    assert parity.ok, parity.problems
+    codes, scales = kernel_of(qmodel, kind)
+    dead = (model.norm.weight == 0).numpy()
+    assert not codes[dead].any() and np.unique(scales).size == 1
+    with torch.no_grad():
+        qmodel.norm.weight[2] *= 1.5  # the largest gain, or nearly: other codes, other scales
+    parity = kquant_torch.verify(qmodel, path, [data])
+    assert any("the kernel of channel" in problem for problem in parity.problems)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_codes_are_those_of_the_folded_kernel_on_one_scale(kind, bits, tmp_path):
@@ -145,6 +165,9 @@ def test_a_layer_called_before_two_norms_keeps_its_scales_per_channel(tmp_path):
     model, data = Twice(), torch.randn(32, 6)
     with torch.no_grad():
         model.one.weight.copy_(torch.linspace(0.5, 2.0, 6))
-    qmodel = wrapped(model.eval(), data)
+    plan = kquant_torch.plan(model.eval(), CONFIG, example_inputs=data[:2])
+    assert "one scale with" not in str(plan)  # what is trained
+    assert "one scale with norm" in str(kquant_torch.plan(normed("linear")[0], CONFIG, example_inputs=data[:2, :5]))
+    qmodel = wrapped(model, data)
     assert qmodel.layer.weight_quantizer.norm is None
     assert_verifies(qmodel, data, tmp_path / "m.pt")

@@ -26,6 +26,7 @@ CHOSEN = (
     "activation relu6", "activation sigmoid", "activation softmax", "x - y", "x * y", "scalars", "maximum",
     "grouped transposed conv", "transposed conv + norm", "adaptive average of unlike windows", "log_softmax",
     "tied embedding", "cat with constants", "position", "causal attention",
+    "attention with the batch second", "where with numbers",
     "cat", "slices", "gather", "sum", "amax", "matmul", "class token", "expand",
 )  # fmt: skip
 

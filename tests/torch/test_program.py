@@ -20,6 +20,7 @@ CHOSEN = (
     "conv1d", "conv3d", "grouped transposed conv", "embedding bag", "prelu", "linear + norm", "attention",
     "max pools", "average pool", "adaptive pools", "upsample nearest", "upsample bilinear", "paddings",
     "activation relu6", "scalars", "maximum", "cat", "slices", "gather", "sum", "expand",
+    "attention with the batch second", "where with numbers",
 )  # fmt: skip
 
 
