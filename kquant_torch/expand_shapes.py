@@ -58,11 +58,31 @@ def _taken(site: Site, x: Any, index: int) -> Any:
 
 @expands("getitem")
 def _item_of_moved(site: Site, input: Any, key: Any) -> Any:
-    first, *rest = key if isinstance(key, tuple) else (key,)
-    if not isinstance(first, int) or not isinstance(input.node.meta.get("value"), Described):
+    key = key if isinstance(key, tuple) else (key,)
+    if not isinstance(input.node.meta.get("value"), Described):
+        return None
+    if any(part is None for part in key):
+        return _with_new_axes(input, key, len(site.shape(input)))
+    first, *rest = key
+    if not isinstance(first, int):
         return None
     found = _taken(site, input, first)
     return found if found is None or not rest else found[tuple(rest)]
+
+
+def _with_new_axes(x: Any, key: tuple, rank: int) -> Any:
+    """An index with `None` in it, as one without and an `unsqueeze` for each."""
+    missing = [slice(None)] * (rank - sum(part is not None and part is not Ellipsis for part in key))
+    at = next((i for i, part in enumerate(key) if part is Ellipsis), len(key))
+    whole = (*key[:at], *missing, *key[at + 1 :])
+    if not all(part is None or isinstance(part, (int, slice)) for part in whole):
+        return None
+    plain = tuple(part for part in whole if part is not None)
+    made = x if all(part == slice(None) for part in plain) else x[plain]
+    kept = [part for part in whole if not isinstance(part, int)]
+    for place, part in enumerate(kept):
+        made = torch.unsqueeze(made, place) if part is None else made
+    return made
 
 
 @expands("getattr")

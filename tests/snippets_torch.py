@@ -470,6 +470,12 @@ FUNCTIONS = {
         l=lambda: nn.Linear(8, 8),
         b=lambda: torch.randn(5, 5).masked_fill(torch.eye(5) > 0, float("-inf")),
     ),
+    "new axes": one(
+        lambda m, x: m.l(x)[:, None, 1:4] * x[..., -2:-1, None, :][:, :, 0, None].transpose(1, 2),
+        ["dense", "strided_slice", "reshape", "mul"],
+        tokens,
+        l=lambda: nn.Linear(8, 8),
+    ),
     "where a mask says": one(
         lambda m, x: torch.where(m.k[:5, :8], m.l(x), x * 2.0),
         ["dense", "mul", "mul", "add"],
