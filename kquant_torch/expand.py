@@ -104,7 +104,7 @@ def expands(*names: str) -> Callable[[Expander], Expander]:
 
 def load_expanders() -> None:
     """Import the modules that enter their expanders, which need this one."""
-    for name in ("attention", "layers", "norms", "pools", "select", "shapes"):
+    for name in ("attention", "layers", "norms", "pools", "select", "shapes", "transformer"):
         importlib.import_module(f"kquant_torch.expand_{name}")
 
 

@@ -150,35 +150,3 @@ def _child_parameter(site: Site, child: str, name: str) -> Any:
     if getattr(getattr(site.module, child), name) is None:
         return None
     return site.get(f"{child}.{name}")
-
-
-@expands_module(nn.TransformerEncoder)
-def _encoder(site: Site, src: Any, mask: Any = None, src_key_padding_mask: Any = None, is_causal: Any = None) -> Any:
-    if src_key_padding_mask is not None:
-        return None
-    x = src
-    for i in range(len(site.module.layers)):
-        x = site.call(f"layers.{i}", x) if mask is None else site.call(f"layers.{i}", x, mask)
-    return x if site.module.norm is None else site.call("norm", x)
-
-
-@expands_module(nn.TransformerEncoderLayer)
-def _encoder_layer(
-    site: Site, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
-) -> Any:
-    if src_key_padding_mask is not None:
-        return None
-
-    def attend(x: Any) -> Any:
-        masked = () if src_mask is None else (None, False, src_mask)  # padding mask, whether weights are wanted, mask
-        return site.call("dropout1", site.call("self_attn", x, x, x, *masked)[0])
-
-    def feed(x: Any) -> Any:
-        hidden = site.module.activation(site.call("linear1", x))
-        return site.call("dropout2", site.call("linear2", site.call("dropout", hidden)))
-
-    if site.module.norm_first:
-        x = src + attend(site.call("norm1", src))
-        return x + feed(site.call("norm2", x))
-    x = site.call("norm1", src + attend(src))
-    return site.call("norm2", x + feed(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -110,7 +111,7 @@ class Reader:
     @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
-        first = next(iter([*self.model.parameters(), *self.model.buffers()]), None)
+        first = next(itertools.chain(self.model.parameters(), self.model.buffers()), None)  # asked for at each op
         return torch.device("cpu") if first is None else first.device
 
     @staticmethod

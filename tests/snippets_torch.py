@@ -210,6 +210,23 @@ LAYERS = {
         tokens,
         ["softmax", "batch_matmul"],
     ),
+    "encoder and decoder": (
+        lambda: One(
+            lambda m, x: m.t(x, x[:, :4] * 0.5, tgt_mask=nn.Transformer.generate_square_subsequent_mask(4)),
+            t=nn.Transformer(8, 2, 1, 1, 16, batch_first=True),
+        ),
+        tokens,
+        ["softmax"] * 3 + ["batch_matmul"] * 6,
+    ),
+    "decoder layers with norms first": (
+        lambda: One(
+            lambda m, x: m.d(x.transpose(0, 1), m.l(x).transpose(0, 1)).mean(0),
+            d=nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16, norm_first=True), 1, nn.LayerNorm(8)),
+            l=nn.Linear(8, 8),
+        ),
+        tokens,
+        ["softmax"] * 2 + ["batch_matmul"] * 4,
+    ),
     "encoder with dropout": (
         lambda: nn.TransformerEncoder(
             nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, nn.LayerNorm(8), enable_nested_tensor=False
