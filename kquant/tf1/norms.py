@@ -16,6 +16,7 @@ from kquant.tf1.flags import evaluated
 from kquant.tf1.match import Found, Matcher
 from kquant.tf1.rewire import readers, redirect
 from kquant.tf1.state import State, scope_of
+from kquant.tf1.statistics import debiased_by
 from kquant.tf1.values import Values
 
 _ROOTS = ("Rsqrt", "Sqrt", "Pow")
@@ -44,8 +45,9 @@ class BatchNorm:
         self.values.commit()
 
     def set_statistics(self, mean: Any, variance: Any) -> None:
-        """Set the moving averages, float32, one value per channel."""
-        self.values.set(self._shaped(mean, variance))
+        """Set the moving averages, float32, one value per channel, and what they are updated from."""
+        given = self._shaped(mean, variance)
+        self.values.set(given | self._helpers(given))
         self.values.commit()
 
     def affine_of(self, mean: Any, variance: Any) -> tuple[Any, Any]:
@@ -53,6 +55,18 @@ class BatchNorm:
         with self.values.instead(self._shaped(mean, variance)):
             scale, offset = (read() for read in self.read)
         return scale, offset
+
+    def _helpers(self, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The helpers of debiased averages that give these averages at the step where they are."""
+        helpers = {n: h for n, h in debiased_by(self.values.graph).items() if n in given}
+        now = self.values.get([*helpers, *helpers.values()])
+        found = {}
+        for name, helper in helpers.items():
+            average = now[name].ravel()
+            # One share for all channels. Before the first step it is zero: the averages then start from the next batch.
+            share = now[helper].ravel() @ average / max(float(average @ average), np.finfo(np.float32).tiny)
+            found[helper] = (given[name] * share).reshape(now[helper].shape)
+        return found
 
     def _shaped(self, mean: Any, variance: Any) -> dict[str, np.ndarray]:
         now = self.values.get([self.mean, self.variance])

@@ -28,12 +28,11 @@ def moving_averages(graph: Any, depends: set[str]) -> dict[str, str]:
         graph: the graph.
         depends: names of the tensors that depend on data.
     """
-    updates = [(variable_of(op.inputs[0]), op.inputs[1]) for op in graph.get_operations() if op.type in _ASSIGNS]
-    updates = [(variable.name, value) for variable, value in updates if variable is not None]
-    debiased = {helper: name for name, value in updates for helper in _helpers(value)}
+    updates = _updates(graph)
+    debiased = {helper: name for name, helper in _debiased_by(updates).items()}
     found: dict[str, str] = {}
     for name, value in updates:
-        if value.name not in depends or not value.shape.rank or _helpers(value):
+        if value.name not in depends or not value.shape.rank or _helper(value):
             continue
         if name in debiased or not name.endswith(_SKIPPED):
             for statistic in _averaged(value, depends):
@@ -41,13 +40,32 @@ def moving_averages(graph: Any, depends: set[str]) -> dict[str, str]:
     return found
 
 
-def _helpers(value: Any) -> list[str]:
-    """The variable that averages from a start at zero, where an average is assigned that one's share of its steps."""
+def debiased_by(graph: Any) -> dict[str, str]:
+    """For every debiased average (the op name of its variable), the helper that it is assigned a share of.
+
+    The helper averages from a start at zero, and what is assigned is the helper by what its steps add up to (Kingma
+    and Ba 2015, section 3).
+    """
+    return _debiased_by(_updates(graph))
+
+
+def _debiased_by(updates: list[tuple[str, Any]]) -> dict[str, str]:
+    return {name: helper for name, value in updates if (helper := _helper(value)) is not None}
+
+
+def _updates(graph: Any) -> list[tuple[str, Any]]:
+    """The assignments to variables in a graph: the variable's op name and the tensor that changes it."""
+    found = [(variable_of(op.inputs[0]), op.inputs[1]) for op in graph.get_operations() if op.type in _ASSIGNS]
+    return [(variable.name, value) for variable, value in found if variable is not None]
+
+
+def _helper(value: Any) -> str | None:
+    """The variable of which a share is assigned, where `value` is one."""
     if value.op.type != "RealDiv":
-        return []
+        return None
     source = value.op.inputs[0]
     variable = variable_of(source.op.inputs[0] if source.op.type in _ASSIGNS else source)
-    return [] if variable is None else [variable.name]
+    return None if variable is None else str(variable.name)
 
 
 def _averaged(value: Any, depends: set[str]) -> list[Any]:

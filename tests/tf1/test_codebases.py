@@ -87,6 +87,15 @@ def test_moving_averages_that_start_at_zero_and_are_debiased(fused, resource, tm
     session = trained(build, IMAGES)
     assert checked(session, tmp_path / "model.tflite", IMAGES)[1:] == ["conv2d", "mean", "dense"]
 
+    # The next step goes on from averages that were estimated anew: of the same data they stay where they are.
+    averages = [v for v in session.graph.get_collection("variables") if v.op.name in ("mean", "variance")]
+    assert kquant.reestimate_batch_norm(session, [IMAGES / 3]) == 1
+    before = session.run(averages)
+    update = session.graph.get_collection(v1.GraphKeys.UPDATE_OPS)
+    session.run(update, {session.graph.get_tensor_by_name("x:0"): IMAGES / 3})
+    for average, old in zip(session.run(averages), before, strict=True):
+        np.testing.assert_allclose(average, old, rtol=0.05, atol=0.01)
+
 
 # -- ops that are written out in others -------------------------------------------------------------------------------
 
