@@ -94,8 +94,9 @@ def test_a_gamma_of_zero_is_harmless_and_learns(norm, gamma, tmp_path):
             (variable,) = [v for v in v1.trainable_variables() if v.op.name == "first/gamma"]
             gradients.append(session.run(v1.gradients(net.loss, [variable])[0], net.feeds())[dead])
     assert np.abs(gradients[1]).max() > 1e-3  # without the floor rounding alone would be left
-    # The other channels are on the one scale here and on their own there.
-    np.testing.assert_allclose(*gradients, atol=0.1 * np.abs(gradients[1]).max())
+    # The other channels are on the one scale here and on their own there: their rounding moves it by a fifth. Without
+    # the floor it would be off by its whole size.
+    np.testing.assert_allclose(*gradients, atol=0.3 * np.abs(gradients[1]).max())
 
 
 def test_no_gradient_reaches_gamma_through_the_kernel():
