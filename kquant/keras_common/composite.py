@@ -148,9 +148,9 @@ def _average(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
 @expands("Dot")
 def _dot(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     a, b = inputs
-    if layer.normalize:
-        return "Dot with normalize=True is not read; normalize with UnitNormalization before it"
     first, second = (layer.axes, layer.axes) if isinstance(layer.axes, int) else layer.axes
+    if layer.normalize:
+        a, b = _normalized(g, a, (first,), "first"), _normalized(g, b, (second,), "second")
     letters_a = ["a", *(chr(98 + i) for i in range(len(a.shape) - 1))]
     letters_b = ["a", *(chr(110 + i) for i in range(len(b.shape) - 1))]
     letters_b[second] = letters_a[first]
@@ -213,11 +213,14 @@ def _group_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any
 
 @expands("UnitNormalization")
 def _unit_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
-    axes = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
-    x = inputs[0]
+    return _normalized(g, inputs[0], (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis))
+
+
+def _normalized(g: Generation, x: Any, axes: tuple[int, ...], name: str = "rsqrt") -> Any:
+    """`x` divided by its norm."""
     count = int(np.prod([x.shape[a] for a in axes]))
     mean = g.ops.mean(x * x, axis=axes, keepdims=True)
-    return x * g.own.ReciprocalRoot(0.0, factor=float(count), least=1e-12, name="rsqrt")(mean)
+    return x * g.own.ReciprocalRoot(0.0, factor=float(count), least=1e-12, name=name)(mean)
 
 
 # -- attention ------------------------------------------------------------------------------------------------------

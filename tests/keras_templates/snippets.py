@@ -262,6 +262,15 @@ def dot(x):
     ]
 
 
+@snippet(TOKENS, travels=3)  # through two roots
+def dot_of_unit_vectors(x):
+    flat = layers.Flatten()(x)
+    return [
+        layers.Dot(axes=1, normalize=True)([layers.Dense(5)(flat), layers.Dense(5)(flat)]),
+        layers.Dot(axes=(2, -1), normalize=True)([layers.Dense(5)(x), layers.Dense(5)(x)]),
+    ]
+
+
 @snippet(IMAGE, travels=3)
 def operators(x):
     a, b, _ = _three(x)
