@@ -12,6 +12,7 @@ from kquant.core.errors import ModelError
 from kquant.core.int8_spec import row_of
 from kquant.tf1 import marks
 from kquant.tf1.flags import SWITCHES, value_in_evaluation
+from kquant.tf1.losses import Losses
 from kquant.tf1.match import Matcher
 from kquant.tf1.statistics import dependents
 
@@ -19,8 +20,6 @@ SOURCES = (
     "Placeholder", "PlaceholderV2", "PlaceholderWithDefault", "IteratorGetNext", "IteratorV2", "QueueDequeueV2",
     "QueueDequeueManyV2", "QueueDequeueUpToV2", "FIFOQueueV2", "ReaderReadV2", "_Arg",
 )  # fmt: skip
-# Ops of a loss that come between the model's output and the reduction over the batch.
-_LOSS = ("Square", "SquaredDifference", "Abs", "Sub", "Neg")
 _KERNELS = (
     "Conv2D", "DepthwiseConv2dNative", "Conv2DBackpropInput", "MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3",
     "GatherV2", "Gather", "ResourceGather",
@@ -81,18 +80,17 @@ def _outputs(m: Matcher, anchors: list[Any], reached: set[str], inputs: set[str]
                     order[tensor.name] = tensor
                     inside.add(tensor.name)
                     todo.append(tensor)
+    losses = Losses(m, foreign)
+    lost = losses.among({name: t for name, t in order.items() if name not in {a.name for a in anchors}})
+    inside -= lost
     graph = m.evaluator.graph
     read = {s.name for n in inside - inputs for s in m.match(graph.get_tensor_by_name(n)).sources if hasattr(s, "op")}
     read |= {t.name for t in order.values() if any(r.name in inside for op in t.consumers() for r in op.outputs)}
     # What an op reads that was written out is not an end, though what it was written out in may read something else.
-    originals = [graph.get_operation_by_name(mark["of"]) for mark in map(_part, graph.get_operations()) if mark]
-    read |= {t.name for op in originals for t in op.inputs}
-    ends = sorted((t for name, t in order.items() if name not in read), key=lambda t: t.op._id)
-    return tuple(dict.fromkeys(_before_loss(m, t) for t in ends))
-
-
-def _part(op: Any) -> dict[str, Any] | None:
-    return marks.of(op, marks.PART)
+    kept = {mark["of"] for n in inside if (mark := marks.of(graph.get_tensor_by_name(n).op, marks.PART))}
+    read |= {t.name for name in kept for t in graph.get_operation_by_name(name).inputs}
+    ends = (t for name, t in order.items() if name not in read and name not in lost)
+    return tuple(sorted(ends, key=lambda t: t.op._id))
 
 
 def _results(op: Any) -> list[Any]:
@@ -127,15 +125,3 @@ def _is_read(m: Matcher, tensor: Any) -> bool:
         return False
     (source,) = found.sources
     return any(op is not tensor.op for op in source.consumers())
-
-
-def _before_loss(m: Matcher, tensor: Any) -> Any:
-    """The output that a loss starts from, if all that reads a tensor reduces it over the batch."""
-    readers = [op for op in tensor.consumers() if op.outputs]
-    reduces = readers and all(op.type in ("Mean", "Sum") and m.match(op.outputs[0]).kind == "opaque" for op in readers)
-    while reduces and tensor.op.type in _LOSS:
-        data = [t for t in tensor.op.inputs if not m.is_parameter(t) and t.op.type not in SOURCES]
-        if len(data) != 1:
-            break
-        tensor = data[0]
-    return tensor
