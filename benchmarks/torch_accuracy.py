@@ -55,12 +55,17 @@ class Case:
     target: str = "onednn"
 
 
-FEW_BITS = Recipe(1e-3, features=10.0, freeze_ranges=True, freeze_batch_norm=0.0)
+FEW_BITS = Recipe(1e-3, features=10.0, freeze_ranges=True, freeze_batch_norm=0.0, mix=0.5)
 CASES = {
     "W8A8": Case(None, Recipe(2e-5, freeze_batch_norm=0.0), 0.25),
     "W4A4": Case(config(4, 4), FEW_BITS, 1.5),
     "W4A4 onednn_fused": Case(config(4, 4), FEW_BITS, 1.5, target="onednn_fused"),
-    "W2A2": Case(config(2, 2, "qat", FIRST_AND_LAST), Recipe(2e-3, features=3.0, freeze_batch_norm=0.6), 7.0, clip=2),
+    "W2A2": Case(
+        config(2, 2, "qat", FIRST_AND_LAST),
+        Recipe(2e-3, features=3.0, freeze_batch_norm=0.6, bound=True),
+        7.0,
+        clip=2,
+    ),
     "DoReFa W4A4": Case(config(4, 4, "dorefa"), Recipe(2e-3, features=3.0, freeze_batch_norm=0.6), 2.0, unit=True),
 }
 

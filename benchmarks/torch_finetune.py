@@ -32,6 +32,9 @@ class Recipe:
         freeze_batch_norm: from this share of the training on; the statistics stand still before the end, so that what
             is measured is what was trained.
         shift: pixels by which an image is moved at most.
+        mix: up to this share of another image is mixed into each (Zhang et al. 2018, mixup): on what it has not learned
+            by heart the float model's probabilities say more.
+        bound: kernels stay within the largest weights that they began with, so that no grid grows from one weight.
         epochs: over the training images.
     """
 
@@ -40,6 +43,8 @@ class Recipe:
     freeze_ranges: bool = False
     freeze_batch_norm: float = 0.5
     shift: int = 2
+    mix: float = 0.0
+    bound: bool = False
     epochs: int = 4
 
 
@@ -54,6 +59,20 @@ def varied(x: torch.Tensor, shift: int, generator: torch.Generator) -> torch.Ten
     top, left = torch.randint(0, 2 * shift + 1, (2, n), generator=generator)
     rows, columns = top[:, None] + torch.arange(h), left[:, None] + torch.arange(w)
     return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def mixed(x: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+    """A batch (n, c, h, w) with up to `share` of another of its images mixed into each."""
+    if not share:
+        return x
+    other = x[torch.randperm(len(x), generator=generator)]
+    return torch.lerp(x, other, share * torch.rand(len(x), 1, 1, 1, generator=generator))
+
+
+def reach(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+    """The kernels of the convolutions, and the largest magnitude in each output channel."""
+    kernels = [p for p in model.parameters() if p.ndim == 4]
+    return {p: p.detach().abs().amax((1, 2, 3), keepdim=True) for p in kernels}
 
 
 _GIVEN: weakref.WeakKeyDictionary[nn.Module, torch.Tensor] = weakref.WeakKeyDictionary()
@@ -95,6 +114,7 @@ def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Rec
     steps = recipe.epochs * math.ceil(len(x) / BATCH)
     optimizer = torch.optim.Adam(qmodel.parameters(), recipe.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    limits = reach(qmodel) if recipe.bound else {}
     qmodel.train()
     if recipe.freeze_ranges:
         kquant_torch.freeze_observers(qmodel)
@@ -103,7 +123,7 @@ def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Rec
         for chosen in torch.randperm(len(x), generator=generator).split(BATCH):
             if done >= recipe.freeze_batch_norm * steps:
                 kquant_torch.freeze_batch_norm(qmodel)
-            images = varied(x[chosen], recipe.shift, generator).contiguous()
+            images = mixed(varied(x[chosen], recipe.shift, generator).contiguous(), recipe.mix, generator)
             with torch.no_grad():
                 wanted = teacher(images).softmax(1)
             loss = F.cross_entropy(qmodel(images), wanted)
@@ -112,6 +132,8 @@ def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Rec
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            for kernel, limit in limits.items():
+                kernel.data.copy_(kernel.data.clamp(-limit, limit))
             schedule.step()
             done += 1
     qmodel.eval()
