@@ -131,8 +131,8 @@ def _with_variable(r: Reader, call: Call, inputs: list[str], kind: str, pair: li
     shape, rank = tuple(variable.shape), len(call.shape)
     if kind not in ARITHMETIC or len(shape) > rank or (len(shape) == rank and shape[0] != 1):
         return refused(r, call, inputs, f"{kind} with a trainable array of shape {shape} has no integer form")
-    channels, size = call.shape[-1], int(np.prod(shape))
-    per_channel = kind != "sub" and size in (1, channels) and shape[-1:] in ((channels,), (1,), ())
+    channels, size = call.shape[-1], int(np.prod(shape))  # a single value stays one: a vector would train apart
+    per_channel = kind != "sub" and size == channels and shape[-1:] == (channels,)
     dtype = call.layer.dtype_policy if hasattr(call.layer, "dtype_policy") else None
 
     def make() -> Any:
@@ -140,7 +140,7 @@ def _with_variable(r: Reader, call: Call, inputs: list[str], kind: str, pair: li
             return r.own.ChannelAffine(kind == "mul", kind == "add", name="affine", dtype=dtype)
         return r.own.TrainedOperand(kind, shape, first, name="operand", dtype=dtype)
 
-    values = np.broadcast_to(np.asarray(variable).ravel(), (channels,)) if per_channel else np.asarray(variable)
+    values = np.asarray(variable).ravel() if per_channel else np.asarray(variable)
     return trained(r, call, inputs, variable, (kind, first), make, values)
 
 

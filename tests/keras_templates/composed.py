@@ -210,6 +210,36 @@ def test_a_trainable_array_is_trained_on_the_grid_of_the_file(twice, tmp_path):
     assert (tmp_path / "again.tflite").read_bytes() == path.read_bytes()
 
 
+@keras.utils.register_keras_serializable("kquant_tests")
+class Gated(layers.Layer):
+    """A residual branch behind one trained value (Bachlechner et al. 2020, ReZero)."""
+
+    def build(self, shape):
+        self.alpha = self.add_weight(name="alpha", shape=(), initializer=keras.initializers.Constant(0.25))
+        self.built = True
+
+    def call(self, x):
+        return x * self.alpha
+
+
+def test_a_single_trained_value_stays_one(tmp_path):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((8, 8, 2), name="x")
+    y = layers.Conv2D(4, 3, padding="same")(x)
+    y = layers.Add()([y, Gated(name="gated")(layers.Conv2D(4, 3, padding="same", activation="relu")(y))])
+    model = keras.Model(x, layers.Dense(5, name="logits")(layers.Flatten()(y)), name="rezero")
+    qmodel = kquant.quantize_model(model, calibration_data=IMAGES)
+    assert sum(v.shape == () for v in qmodel.trainable_weights) == 1  # not one for each channel
+    assert len(qmodel.trainable_weights) == len(model.trainable_weights)
+    trained(qmodel)
+    assert float(np.asarray(operands(qmodel)["mul"].array)) != 0.25
+    path = tmp_path / "model.tflite"
+    kquant.export_tflite(qmodel, path)
+    assert kquant.audit(path).fully_integer
+    parity = kquant.verify(qmodel, path, IMAGES)
+    assert parity.ok, parity.problems
+
+
 def test_the_array_lies_on_the_grid_of_its_own_range_and_passes_gradients():
     """256 levels over the values and zero, as of a constant operand (`core.constants.on_grid`)."""
     import tensorflow as tf
