@@ -115,7 +115,7 @@ def test_fresh_batch_norms_do_not_blow_up_the_gradient():
     keras.utils.set_random_seed(0)
     x = image = keras.Input((16,))
     for i in range(16):
-        x = layers.Dense(16, use_bias=False, name=f"dense_{i}")(x)
+        x = layers.Dense(16, use_bias=False, name=f"hidden_{i}")(x)
         x = layers.ReLU()(layers.BatchNormalization(momentum=0.999)(x))
     model = keras.Model(image, layers.Dense(5)(x))
     data = RNG.normal(size=(64, 16)).astype("float32")
