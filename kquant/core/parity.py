@@ -146,11 +146,12 @@ class OpTally:
     def row(self) -> ParityOp:
         """The report's row."""
         count = max(self.count, 1)
-        # Each code that is off by one counts; of so few, their number alone scatters by its square root.
-        chance = DEVIATIONS * math.sqrt(self.wrong) / count
+        # Of `count` codes a kernel at the limit misrounds `limit * count`, and that number scatters by its square root.
+        limit = self.mean_bound + self.bias_slack
+        allowed = limit + DEVIATIONS * math.sqrt(limit / count)
         return ParityOp(
             self.name, self.kind, self.affine.bits, self.max_lsb, self.total / count, self.wrong / count,
-            min(self.bound + self.bias_slack, 1.0), self.mean_bound + self.bias_slack + chance, len(self.used),
+            min(self.bound + self.bias_slack, 1.0), allowed, len(self.used),
             snr_db(self.signal, self.noise),
         )  # fmt: skip
 

@@ -18,6 +18,8 @@ def tallied(count: int, wrong: int) -> OpTally:
 
 @pytest.mark.parametrize(("count", "wrong", "ok"), [
     (10, 1, True),  # one code of ten may be misrounded by a kernel of 1 %
+    (10, 2, False),
+    (10, 9, False),
     (144, 6, True),
     (144, 40, False),
     (10_000, 200, True),
