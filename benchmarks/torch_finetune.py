@@ -69,7 +69,7 @@ def mixed(x: torch.Tensor, share: float, generator: torch.Generator) -> torch.Te
     return torch.lerp(x, other, share * torch.rand(len(x), 1, 1, 1, generator=generator))
 
 
-def reach(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
+def largest_weights(model: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
     """The kernels of the convolutions, and the largest magnitude in each output channel."""
     kernels = [p for p in model.parameters() if p.ndim == 4]
     return {p: p.detach().abs().amax((1, 2, 3), keepdim=True) for p in kernels}
@@ -114,7 +114,7 @@ def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Rec
     steps = recipe.epochs * math.ceil(len(x) / BATCH)
     optimizer = torch.optim.Adam(qmodel.parameters(), recipe.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    limits = reach(qmodel) if recipe.bound else {}
+    limits = largest_weights(qmodel) if recipe.bound else {}
     qmodel.train()
     if recipe.freeze_ranges:
         kquant_torch.freeze_observers(qmodel)

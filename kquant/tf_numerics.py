@@ -140,6 +140,9 @@ class Observed(NamedTuple):
     frozen: Any
 
 
+NO_BATCH = (0.0, 0.0)  # extremes that widen no range
+
+
 class Taken(NamedTuple):
     """What a training batch leaves: the state's `minimum`, `maximum` and `seen` after it, and its own `low` and `high`.
 
@@ -182,7 +185,7 @@ def observe(x: Any, state: Observed, site: int, nonneg: bool, decay: float) -> T
 
 
 def range_in_force(
-    minimum: Any, maximum: Any, bits: int, symmetric: bool, batch: tuple[Any, Any] = (0.0, 0.0)
+    minimum: Any, maximum: Any, bits: int, symmetric: bool, batch: tuple[Any, Any] = NO_BATCH
 ) -> tuple[Any, Any]:
     """The range that covers all sites, before nudging; `[0, 1]` for a tensor that is constantly zero.
 

@@ -38,9 +38,9 @@ def maximum(x: torch.Tensor, least: Any) -> torch.Tensor:
     return torch.maximum(x, least) if isinstance(least, torch.Tensor) else torch.clamp(x, min=float(least))
 
 
-def minimum(x: torch.Tensor, most: float) -> torch.Tensor:
-    """The lesser of a tensor and a number, elementwise."""
-    return torch.clamp(x, max=most)
+def minimum(x: torch.Tensor, most: Any) -> torch.Tensor:
+    """The lesser of a tensor and a tensor or number, elementwise."""
+    return torch.minimum(x, most) if isinstance(most, torch.Tensor) else torch.clamp(x, max=float(most))
 
 
 def _axes(x: torch.Tensor, axis: Any) -> tuple[int, ...]:

@@ -30,11 +30,12 @@ def _chosen(site: Site, mask: Any, yes: Any, no: Any) -> Any:
     """`yes` where the mask is True, else `no`; None where it follows the inputs, or leaves scores out of a softmax."""
     if not is_parameter(mask) or is_parameter(site.node_proxy()):
         return None
-    keep, shape = constant_value(site, mask), tuple(site.node.meta["value"].shape)
-    follows_batch = keep.ndim == len(shape) and keep.shape[0] != 1
-    terms = [(_held(site, yes), keep), (_held(site, no), ~keep if keep.dtype == torch.bool else keep)]
-    numbers = [v for v, _ in terms if isinstance(v, torch.Tensor)]
-    if keep.dtype != torch.bool or follows_batch or any((v <= NEVER).any() for v in numbers):
+    keep = constant_value(site, mask)
+    follows_batch = keep.ndim == len(site.node.meta["value"].shape) and keep.shape[0] != 1
+    if keep.dtype != torch.bool or follows_batch:
+        return None
+    terms = [(_held(site, yes), keep), (_held(site, no), ~keep)]
+    if any((value <= NEVER).any() for value, _ in terms if isinstance(value, torch.Tensor)):
         return None
     made, constant = [], torch.zeros(())
     for value, kept in terms:

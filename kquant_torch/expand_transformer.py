@@ -58,21 +58,28 @@ def _fed(site: Site, dropout: str, x: Any) -> Any:
     return site.call(dropout, site.call("linear2", site.call("dropout", hidden)))
 
 
+def _branches(site: Site, x: Any, *branches: Any) -> Any:
+    """`x` with each branch added in turn, normalized before the branch or behind the sum as the layer says."""
+    for i, branch in enumerate(branches, 1):
+        if site.module.norm_first:
+            x = x + branch(site.call(f"norm{i}", x))
+        else:
+            x = site.call(f"norm{i}", x + branch(x))
+    return x
+
+
 @expands_module(nn.TransformerEncoderLayer)
 def _encoder_layer(
     site: Site, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False
 ) -> Any:
     if src_key_padding_mask is not None:
         return site.refuse(PADDED)
-
-    def attend(x: Any) -> Any:
-        return _attended(site, "self_attn", "dropout1", x, x, src_mask)
-
-    if site.module.norm_first:
-        x = src + attend(site.call("norm1", src))
-        return x + _fed(site, "dropout2", site.call("norm2", x))
-    x = site.call("norm1", src + attend(src))
-    return site.call("norm2", x + _fed(site, "dropout2", x))
+    return _branches(
+        site,
+        src,
+        lambda x: _attended(site, "self_attn", "dropout1", x, x, src_mask),
+        lambda x: _fed(site, "dropout2", x),
+    )
 
 
 @expands_module(nn.TransformerDecoderLayer)
@@ -83,17 +90,10 @@ def _decoder_layer(
 ) -> Any:  # fmt: skip
     if tgt_key_padding_mask is not None or memory_key_padding_mask is not None:
         return site.refuse(PADDED)
-
-    def attend(x: Any) -> Any:
-        return _attended(site, "self_attn", "dropout1", x, x, tgt_mask)
-
-    def look(x: Any) -> Any:
-        return _attended(site, "multihead_attn", "dropout2", x, memory, memory_mask)
-
-    if site.module.norm_first:
-        x = tgt + attend(site.call("norm1", tgt))
-        x = x + look(site.call("norm2", x))
-        return x + _fed(site, "dropout3", site.call("norm3", x))
-    x = site.call("norm1", tgt + attend(tgt))
-    x = site.call("norm2", x + look(x))
-    return site.call("norm3", x + _fed(site, "dropout3", x))
+    return _branches(
+        site,
+        tgt,
+        lambda x: _attended(site, "self_attn", "dropout1", x, x, tgt_mask),
+        lambda x: _attended(site, "multihead_attn", "dropout2", x, memory, memory_mask),
+        lambda x: _fed(site, "dropout3", x),
+    )

@@ -74,8 +74,9 @@ def export_torchscript(
 ) -> ExportReport:
     """Write a trained quantized model as a TorchScript file of integer kernels.
 
-    Every weight code, scale and zero point is the trained one. The file loads with `torch.jit.load` where nothing but
-    torch is installed, and with libtorch in C++. The same model gives the same bytes.
+    Every weight, scale and zero point is the trained one; codes of few bits may be multiplied, and their scale divided.
+    The file loads with `torch.jit.load` where nothing but torch is installed, and with libtorch in C++. The same model
+    gives the same bytes.
 
     Args:
         qmodel: a model from `wrap` or a quantizer.

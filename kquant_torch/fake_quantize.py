@@ -253,7 +253,7 @@ class FakeQuantize(Delayed):
         low = torch.clamp(self.minimum.amin(), max=0.0)
         high = torch.clamp(self.maximum.amax(), min=0.0)
         if batch is not None:
-            low, high = kept(low, high, *batch, torch)
+            low, high = kept(low, high, *batch, arrays)
         if self.symmetric:
             high = torch.maximum(-low, high)
             half = 2 ** (self.bits - 1)

@@ -1,7 +1,8 @@
 """Small PyTorch models to export in Q/DQ form: the same cases for ONNX and for `.pt2`."""
 
 import torch
-from snippets_torch import ACTIVATIONS, FUNCTIONS, LAYERS, activation, example
+from functions_torch import FUNCTIONS
+from snippets_torch import ACTIVATIONS, LAYERS, activation, example
 
 import kquant_torch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class KQuantError(Exception):
@@ -64,6 +64,16 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(
             name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}"
         )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, as an error lists them.
+
+    Example:
+        >>> some(["a", "b", "c", "d", "e", "f"])
+        "'a', 'b', 'c', 'd', 'e' ..."
+    """
+    return f"{', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''}"
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kquant.core.affine import SMALLEST_SCALE, Affine, bias_error, round_half_up
+from kquant.core.affine import SMALLEST_SCALE, Affine, bias_error, bias_unit, round_half_up
 from kquant.core.errors import ModelError, RangeError
 from kquant.core.graph import Op
 from kquant.core.int8_spec import EXACT
@@ -160,7 +160,7 @@ def from_channel(op: Op, codes: np.ndarray) -> np.ndarray:
 
 
 def _check_scale(op: Op, scale: np.ndarray, source: Affine, target: Affine, holds: Accumulator) -> None:
-    multiplier = scale.astype(np.float64) * source.scale / target.scale
+    multiplier = bias_unit(source, scale) / target.scale
     if not np.isfinite(scale).all() or multiplier.max() >= holds.largest:
         raise RangeError(
             f"tensor {op.output!r}",

@@ -19,6 +19,7 @@ from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
 from kquant.core.stages import Stage, stages
 from kquant.core.tables import function_table, slope_table
 from kquant.core.target import TFLITE, Target
+from kquant.core.widen import room
 
 COARSE_UNIT = 0.02  # output codes: half of it is what a bias may be off by
 
@@ -282,7 +283,7 @@ class Lowering:
         if self.target.accumulator.bias_limit == float("inf"):  # a float bias has no unit
             return False
         source = known(self.tensors[tensor].affine)
-        gain = max(self.target.accumulator.widest // max(int(np.abs(weight.codes).max(initial=0)), 1), 1)
+        gain = max(room(weight, self.target.accumulator.widest), 1)
         return source.bits < 8 and float(source.scale * weight.scale.max() / target.scale) / gain > COARSE_UNIT
 
     def _spread(self, tensor: str) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 EMA_DECAY = 0.99  # Jacob et al. 2018, section 3.1: an exponential moving average "close to 1"
-# Training never clips a batch below this share of its extremes. Batch norm in training divides by the batch's own
-# deviation: what a range from another state of the net clips to almost nothing, the next norm blows up again, and the
-# gradient with it. In a MobileNetV2 with fresh statistics the first kernel's was 5e13 times the float model's without
-# a limit, 6 times at 1/2, and 1.2 times at 2/3.
+# Training never clips a batch below this share of what a range that had followed would cover of it. Batch norm in
+# training divides by the batch's own deviation: what a range from another state of the net clips to almost nothing, the
+# next norm blows up again, and the gradient with it. In a MobileNetV2 with fresh statistics the first kernel's was 5e13
+# times the float model's without a limit, 6 times at 1/2, and 1.2 times at 2/3.
 KEPT = 2 / 3
 
 
@@ -32,7 +32,7 @@ def kept(low: Any, high: Any, batch_low: Any, batch_high: Any, xp: Any = np) -> 
 
     Args:
         low, high: the moving range, `low <= 0 <= high`.
-        batch_low, batch_high: of the batch, `batch_low <= 0 <= batch_high`.
+        batch_low, batch_high: what the range is to cover of the batch, `batch_low <= 0 <= batch_high`.
         xp: the array namespace.
 
     Example:

@@ -17,7 +17,10 @@ DEVIATIONS = 3  # standard deviations that the number of misrounded codes may li
 
 
 class ParityOp(NamedTuple):
-    """One op: distances in codes before rounding, against its row's bound; signal-to-noise in dB against float."""
+    """One op: distances in codes before rounding, against its row's bound; signal-to-noise in dB against float.
+
+    `mean_bound` is the kernel's own, and what chance adds to it on so many codes (`DEVIATIONS`).
+    """
 
     name: str
     kind: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kquant.core.errors import ExportError
+from kquant.core.errors import ExportError, some
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel
 from kquant.core.stages import stages
@@ -18,7 +18,7 @@ def check_ranges(graph: Graph) -> None:
     unset = [op.inputs[0] for op in graph.ops if op.kind == "fake_quant" and not op.attrs["quantizer"].is_set()]
     if unset:
         raise ExportError(
-            f"tensors {', '.join(map(repr, unset[:5]))}{' ...' if len(unset) > 5 else ''}",
+            f"tensors {some(unset)}",
             "every activation range must be set before the export",
             f"{len(unset)} ranges without data",
             "Pass calibration_data= when you quantize the model, or train a step",
@@ -34,7 +34,7 @@ def check_started(graph: Graph) -> None:
     waiting = [op.layer for op in graph.ops if "is_waiting" in op.attrs and op.attrs["is_waiting"]()]
     if waiting:
         raise ExportError(
-            f"layers {', '.join(map(repr, waiting[:5]))}{' ...' if len(waiting) > 5 else ''}",
+            f"layers {some(waiting)}",
             "quantization must have begun before the export",
             "training steps fewer than quant_start_step",
             "Train past quant_start_step, or leave it out of config_list",
@@ -51,7 +51,7 @@ def check_sums(graph: Graph, made_for: Target, target: Target, fix: str) -> None
     lacking = [s.anchor.layer for s in fused if target.row(s.anchor.kind).sums_axes == 0]
     if lacking:
         raise ExportError(
-            f"layers {', '.join(map(repr, lacking[:5]))}{' ...' if len(lacking) > 5 else ''}",
+            f"layers {some(lacking)}",
             f"kernels that add before they round, as the model was trained for {made_for.name!r}",
             f"an artifact for {target.name!r}, which has none for {len(lacking)} sums",
             fix,

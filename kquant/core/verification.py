@@ -167,7 +167,8 @@ class Verification:
         rows = [t.row() for t in self.tallies.values()]
         count = sum(t.count for t in self.tallies.values()) or 1
         problems = problems + [
-            f"op {r.name!r} ({r.kind}): max_lsb {r.max_lsb:.3f} (bound {r.bound}), mean error {r.mean_error:+.4f}"
+            f"op {r.name!r} ({r.kind}): max_lsb {r.max_lsb:.3f} (bound {r.bound}), mean error {r.mean_error:+.4f} "
+            f"(bound {r.mean_bound:.4f})"
             for r in rows
             if not r.ok
         ]

@@ -14,6 +14,7 @@ from kquant.core.moving import EMA_DECAY
 from kquant.core.weights import gain_shape, weight_formula
 from kquant.keras_common.linear import linear_of
 from kquant.tf_numerics import (
+    NO_BATCH,
     Observed,
     fake_quantize_range,
     observe,
@@ -92,7 +93,7 @@ class Range:
             started: whether quantization has begun, as a tensor; None where it has no delay.
         """
         observes = training and self.fixed is None and site is not None
-        batch = self.observe(x, site) if observes else (0.0, 0.0)
+        batch = self.observe(x, site) if observes else NO_BATCH
         quantized = fake_quantize_range(x, *self.range(batch), self.bits)
         ready = started
         if self.fixed is None and not training:
@@ -100,7 +101,7 @@ class Range:
             ready = seen if started is None else tf.logical_and(started, seen)
         return quantized if ready is None else tf.where(ready, quantized, x)
 
-    def range(self, batch: tuple[Any, Any] = (0.0, 0.0)) -> tuple[Any, Any]:
+    def range(self, batch: tuple[Any, Any] = NO_BATCH) -> tuple[Any, Any]:
         """The float32 range in force, before nudging; `[0, 1]` for a tensor that is constantly zero.
 
         Args:

@@ -11,7 +11,7 @@ from kquant.core.plan import Site, Spec
 from kquant.tf1 import marks
 from kquant.tf1.quantizers import FIELDS, field_name
 from kquant.tf1.state import State
-from kquant.tf_numerics import Observed, fake_quantize_range, observe, range_in_force
+from kquant.tf_numerics import NO_BATCH, Observed, fake_quantize_range, observe, range_in_force
 
 _FIRST = {"covered_low": 1.0, "covered_high": 1.0}
 
@@ -60,7 +60,7 @@ class Range:
         """
         wide = tf.cast(x, tf.float32)
         before: list[Any] = []
-        batch: tuple[Any, Any] = (0.0, 0.0)
+        batch: tuple[Any, Any] = NO_BATCH
         if self.training and site.index is not None and not self.fixed:
             before, batch = self._observe(wide, site.index)
         low, high, seen = self._in_force(batch)

@@ -80,8 +80,8 @@ def _outputs(m: Matcher, anchors: list[Any], reached: set[str], inputs: set[str]
                     order[tensor.name] = tensor
                     inside.add(tensor.name)
                     todo.append(tensor)
-    losses = Losses(m, foreign)
-    lost = losses.among({name: t for name, t in order.items() if name not in {a.name for a in anchors}})
+    kernels = {tensor.name for tensor in anchors}
+    lost = Losses(m, foreign).among({name: tensor for name, tensor in order.items() if name not in kernels})
     inside -= lost
     graph = m.evaluator.graph
     read = {s.name for n in inside - inputs for s in m.match(graph.get_tensor_by_name(n)).sources if hasattr(s, "op")}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from kquant.core.errors import ModelError
+from kquant.core.errors import ModelError, some
 
 RESOURCE = "VarHandleOp"
 REFERENCES = ("VariableV2", "Variable")
@@ -112,14 +112,14 @@ class Values:
         if self.session is None:
             fix = "Run inside `with session.as_default():`, or pass session=, after the variables are initialized"
             raise ModelError(
-                f"variables {_some(names)}", "a session that holds the values of the graph's variables", "none", fix
+                f"variables {some(names)}", "a session that holds the values of the graph's variables", "none", fix
             )
         fetches = {n: self.value_tensor(n) for n in names}
         try:
             found: dict[str, np.ndarray] = raw(self.session, lambda session: session.run(fetches))
         except tf.errors.FailedPreconditionError as error:
             raise ModelError(
-                f"variables {_some(self._uninitialized(fetches))}",
+                f"variables {some(self._uninitialized(fetches))}",
                 "initialized variables",
                 "variables without a value in this session",
                 "Run their initializers, or restore a checkpoint",
@@ -155,7 +155,3 @@ class Values:
             raise ModelError(f"variable {name!r}", "a read of the variable without control dependencies", "none")
         with self.graph.as_default(), tf.control_dependencies(None), tf.name_scope("kquant/read/"):
             return tf.raw_ops.ReadVariableOp(resource=tensor, dtype=tensor.op.get_attr("dtype"))
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''}"

@@ -62,7 +62,8 @@ def export_tflite(
 ) -> ExportReport:
     """Write a trained quantized model as an integer `.tflite` file.
 
-    Every weight code, scale and zero point is the trained one. The same model gives the same bytes.
+    Every weight, scale and zero point is the trained one; codes of few bits may be multiplied, and their scale divided.
+    The same model gives the same bytes.
 
     Args:
         qmodel: a model from `quantize_model` or a quantizer; or a session on a TensorFlow 1 graph that one rewrote,

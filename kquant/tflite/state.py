@@ -11,7 +11,7 @@ from kquant.tflite.export import integer_model
 
 
 def export_state(qmodel: Any, *, inputs: Any = None, outputs: Any = None) -> dict[str, np.ndarray]:
-    """All codes, scales and zero points of a trained quantized model.
+    """All codes, scales and zero points of a trained quantized model, as they were trained.
 
     Args:
         qmodel: a model from `quantize_model` or a quantizer, or a session on a graph that one rewrote.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kquant.core.affine import bias_unit
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
 from kquant.core.target import TFLITE
@@ -51,7 +52,7 @@ def _compare_weights(op: IntOp, tensors: dict[str, FileTensor], model: IntegerMo
     codes = LAYOUTS["conv2d" if wide and kernel.data.ndim == 4 else op.kind](kernel.data)
     source = model.tensors[op.inputs[0]].affine
     # Without input codes the bias is float32.
-    unit = None if source is None else np.float64(source.scale) * kernel.scale.astype(np.float64)
+    unit = None if source is None else bias_unit(source, kernel.scale)
     values = bias.data if unit is None else bias.data * unit
     found = Found(codes.reshape(-1, codes.shape[-1]), kernel.scale, values, unit)
     return compare_weight(op, found, model, TFLITE.accumulator)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from snippets_torch import ACTIVATIONS, FUNCTIONS, LAYERS, activation, example
+from functions_torch import FUNCTIONS
+from snippets_torch import ACTIVATIONS, LAYERS, activation, example
 
 import kquant_torch
 

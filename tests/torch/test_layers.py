@@ -6,7 +6,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from snippets_torch import ACTIVATIONS, FUNCTIONS, LAYERS, activation, example
+from functions_torch import FUNCTIONS
+from snippets_torch import ACTIVATIONS, LAYERS, activation, example
 
 import kquant_torch
 from kquant.core.graph import walk
