@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kquant.core.controls import Controlled, estimated_statistics, freeze_ranges, set_frozen
+from kquant.core.controls import Controlled, estimated_statistics, freeze_ranges, reached_batch_norms, set_frozen
 from kquant.core.errors import ModelError
 
 
@@ -79,7 +79,7 @@ def freeze_batch_norm(qmodel: Any) -> int:
 
     Source: Krishnamoorthi 2018 (arXiv:1806.08342), batch norm freezing.
     """
-    return set_frozen(controlled(qmodel).batch_norms, 1.0)
+    return set_frozen(reached_batch_norms(controlled(qmodel)), 1.0)
 
 
 def unfreeze_batch_norm(qmodel: Any) -> int:
@@ -91,7 +91,7 @@ def unfreeze_batch_norm(qmodel: Any) -> int:
     Raises:
         ModelError: a model without quantizers.
     """
-    return set_frozen(controlled(qmodel).batch_norms, 0.0)
+    return set_frozen(reached_batch_norms(controlled(qmodel)), 0.0)
 
 
 # -- re-estimation --------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def reestimate_batch_norm(qmodel: Any, data: Any, batches: int | None = None) ->
     """
     from kquant.api import front_end
 
-    front, targets = front_end(qmodel), controlled(qmodel).batch_norms
+    front, targets = front_end(qmodel), reached_batch_norms(controlled(qmodel))
     exact = front.as_float32(qmodel)
     found = estimated_statistics(front.read(exact), data, batches)
     for target, source in zip(targets, controlled(exact).batch_norms, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kquant.core.calibration import batches as feeds_of
-from kquant.core.errors import ConfigError, ModelError
+from kquant.core.errors import ConfigError, ModelError, some
 from kquant.core.graph import Graph, Op, walk
 
 
@@ -24,11 +25,13 @@ class Controlled:
         batch_norms: in a fixed order. Each has `set_frozen(value)`, `set_statistics(mean, variance)` and
             `affine_of(mean, variance) -> (scale, offset)`; the op that `read` makes of it holds one that is equal to it
             as `attrs["batch_norm"]`.
+        beyond: names of batch norms that the controls do not reach.
     """
 
     name: str
     ranges: Sequence[Any]
     batch_norms: Sequence[Any]
+    beyond: Sequence[str] = ()
 
 
 def set_frozen(parts: Sequence[Any], value: float) -> int:
@@ -36,6 +39,17 @@ def set_frozen(parts: Sequence[Any], value: float) -> int:
     for part in parts:
         part.set_frozen(value)
     return len(parts)
+
+
+def reached_batch_norms(found: Controlled) -> Sequence[Any]:
+    """The batch norms that the controls act on; a warning names those that they do not reach."""
+    if found.beyond:
+        warnings.warn(
+            f"The controls do not reach {len(found.beyond)} batch norms: {some(found.beyond)}. They go on "
+            "as they are, because their moving averages cannot be told from their other arrays.",
+            stacklevel=3,
+        )
+    return found.batch_norms
 
 
 def freeze_ranges(found: Controlled) -> int:

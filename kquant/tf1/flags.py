@@ -33,6 +33,10 @@ def value_in_evaluation(predicate: Any) -> bool | None:
     if op.type == "LogicalNot":
         value = value_in_evaluation(op.inputs[0])
         return None if value is None else not value
+    if op.type in ("LogicalAnd", "LogicalOr"):
+        decides = op.type == "LogicalOr"  # one operand of this value decides
+        values = [value_in_evaluation(t) for t in op.inputs]
+        return decides if decides in values else None if None in values else not decides
     return bool(tf.get_static_value(predicate)) if op.type == "Const" else None
 
 
@@ -82,6 +86,12 @@ def is_handed_in(tensor: Any, inner: Any) -> bool:
 
 def _merged(merge: Any) -> bool | None:
     """The predicate's value of the conditional that a merge ends: that of a switch which its inputs come from."""
+    switch = switch_of(merge)
+    return None if switch is None else value_in_evaluation(switch.inputs[1])
+
+
+def switch_of(merge: Any) -> Any | None:
+    """A switch of the conditional that a merge ends; None for a merge of a loop."""
     todo, seen = [t.op for t in merge.inputs], set()
     if any(op.type in _LOOPS for op in todo):
         return None
@@ -91,6 +101,6 @@ def _merged(merge: Any) -> bool | None:
             continue
         seen.add(op.name)
         if op.type in SWITCHES:
-            return value_in_evaluation(op.inputs[1])
+            return op
         todo += [*(t.op for t in op.inputs), *op.control_inputs]
     return None

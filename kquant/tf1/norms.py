@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from kquant.core.errors import ModelError
 from kquant.tf1 import marks
 from kquant.tf1.evaluate import BATCH_NORMS
+from kquant.tf1.flagged import ROOTS, flagged, freeze_with, value_of
 from kquant.tf1.flags import evaluated
 from kquant.tf1.match import Found, Matcher
 from kquant.tf1.rewire import readers, redirect
 from kquant.tf1.state import State, scope_of
 from kquant.tf1.statistics import debiased_by
 from kquant.tf1.values import Values
-
-_ROOTS = ("Rsqrt", "Sqrt", "Pow")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,15 @@ class BatchNorm:
     read: tuple[Callable[[], Any], Callable[[], Any]] = field(compare=False)
 
     def set_frozen(self, value: float) -> None:
-        """Normalize by the moving averages (1) or by the batch (0) in training."""
-        self.values.set({frozen_name(self.name): np.float32(value)})
+        """Normalize by the moving averages (1) or by the batch (0) in training.
+
+        Raises:
+            ModelError: a graph in its evaluation form.
+        """
+        name = frozen_name(self.name)
+        if not any(op.name == name for op in self.values.graph.get_operations()):
+            raise ModelError("graph", "a graph for training", "its evaluation form, in which statistics stand still")
+        self.values.set({name: np.float32(value)})
         self.values.commit()
 
     def set_statistics(self, mean: Any, variance: Any) -> None:
@@ -98,7 +105,7 @@ def statistics_of(m: Matcher, found: Found) -> tuple[Any, Any] | None:
         else:
             chosen = evaluated(tensor)
             behind = tensor.op.inputs if chosen is None else [chosen]
-            todo += [(t, rooted or tensor.op.type in _ROOTS) for t in behind]
+            todo += [(t, rooted or tensor.op.type in ROOTS) for t in behind]
     if len(known) != 2 or len(under_root) != 1:
         return None
     (variance,) = under_root
@@ -107,10 +114,15 @@ def statistics_of(m: Matcher, found: Found) -> tuple[Any, Any] | None:
 
 def batch_norm_of(m: Matcher, found: Found) -> BatchNorm | None:
     """The batch norm that an op is in a training graph, or None."""
-    statistics = statistics_of(m, found) if found.kind == "channel_affine" else None
-    if statistics is None:
+    if found.kind != "channel_affine":
         return None
-    mean, variance = (m.evaluator.statistics[t.name] for t in statistics)
+    statistics, of_flag = statistics_of(m, found), flagged(m, found)
+    if statistics is not None:
+        mean, variance = (m.evaluator.statistics[t.name] for t in statistics)
+    elif of_flag is not None:
+        mean, variance = of_flag.mean, of_flag.variance
+    else:
+        return None
     read = (found.weights["scale"].read, found.weights["offset"].read)
     return BatchNorm(found.anchor.name, mean, variance, m.evaluator.values, read)
 
@@ -121,7 +133,7 @@ def gain_of(m: Matcher, found: Found, scope: str) -> Any:
     It is computed anew from the variables, with the moving averages in the place of batch statistics.
     """
     factors = found.attrs["factors"]
-    tensors = m.evaluator.inline({}, [f[0].name for f in factors], partial(_value, m), f"{scope}/gain")
+    tensors = m.evaluator.inline({}, [f[0].name for f in factors], partial(value_of, m), f"{scope}/gain")
     gain = tf.ones((found.weights["scale"].shape[0],))
     for tensor, (_, how, *epsilon) in zip(tensors, factors, strict=True):
         values = tf.reshape(tensor, [-1])
@@ -139,13 +151,16 @@ def make_freezable(m: Matcher, found: Found, state: State) -> Any | None:
     While it is frozen, its moving averages take the place of the batch statistics wherever those are read, also in the
     ops that update the averages, which then stay as they are.
     """
-    statistics = statistics_of(m, found)
-    if statistics is None:
+    statistics, of_flag = statistics_of(m, found), flagged(m, found)
+    if statistics is None and of_flag is None:
         return None
     frozen = state.variable(frozen_name(found.anchor.name), np.float32(0.0))
-    averages = [_value(m, m.evaluator.statistics[t.name]) for t in statistics]
     with tf.name_scope(f"{scope_of(found.anchor.name)}/"):
         is_frozen = frozen.read_value() > 0
+        if statistics is None:
+            freeze_with(m, of_flag, is_frozen)
+            return None
+        averages = [value_of(m, m.evaluator.statistics[t.name]) for t in statistics]
         if found.anchor.type in BATCH_NORMS:
             result, *chosen = _switched(found.anchor, averages, is_frozen)
         else:
@@ -183,10 +198,3 @@ def _replace(tensor: Any, value: Any, kind: str, but: list[Any]) -> Any:
     marks.put(result.op, kind, input=tensor.name)
     redirect(where, result)
     return result
-
-
-def _value(m: Matcher, name: str) -> Any:
-    (tensor,) = m.evaluator.graph.get_operation_by_name(name).outputs
-    if tensor.dtype != tf.resource:
-        return tf.identity(tensor)
-    return tf.raw_ops.ReadVariableOp(resource=tensor, dtype=tensor.op.get_attr("dtype"))

@@ -13,11 +13,11 @@ from kquant.tf1 import marks
 from kquant.tf1.flags import CONDITIONALS, evaluated
 from kquant.tf1.values import variable_of
 
-_ASSIGNS = (
+ASSIGNS = (
     "Assign", "AssignAdd", "AssignSub", "AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp",
 )  # fmt: skip
 # The arithmetic of an update: `v -= (v - s) * (1 - decay)`, `v = v * decay + s * (1 - decay)`, Bessel's correction.
-_ARITHMETIC = ("Sub", "Mul", "Add", "AddV2", "AddN", "Neg", "Identity", "Cast", "Select", "SelectV2")
+ARITHMETIC = ("Sub", "Mul", "Add", "AddV2", "AddN", "Neg", "Identity", "Cast", "Select", "SelectV2")
 _SKIPPED = ("biased", "local_step")  # the helpers of a zero-debiased average
 
 
@@ -55,7 +55,7 @@ def _debiased_by(updates: list[tuple[str, Any]]) -> dict[str, str]:
 
 def _updates(graph: Any) -> list[tuple[str, Any]]:
     """The assignments to variables in a graph: the variable's op name and the tensor that changes it."""
-    found = [(variable_of(op.inputs[0]), op.inputs[1]) for op in graph.get_operations() if op.type in _ASSIGNS]
+    found = [(variable_of(op.inputs[0]), op.inputs[1]) for op in graph.get_operations() if op.type in ASSIGNS]
     return [(variable.name, value) for variable, value in found if variable is not None]
 
 
@@ -64,7 +64,7 @@ def _helper(value: Any) -> str | None:
     if value.op.type != "RealDiv":
         return None
     source = value.op.inputs[0]
-    variable = variable_of(source.op.inputs[0] if source.op.type in _ASSIGNS else source)
+    variable = variable_of(source.op.inputs[0] if source.op.type in ASSIGNS else source)
     return None if variable is None else str(variable.name)
 
 
@@ -79,7 +79,7 @@ def _averaged(value: Any, depends: set[str]) -> list[Any]:
         mark = marks.of(tensor.op, marks.STATISTIC)
         if mark is not None:  # a statistic that can be frozen stands for itself and for what is behind it
             found += [tensor, tensor.graph.get_tensor_by_name(mark["input"])]
-        elif tensor.op.type in _ARITHMETIC:
+        elif tensor.op.type in ARITHMETIC:
             todo += list(tensor.op.inputs)
         elif tensor.shape.rank:
             found.append(tensor)

@@ -3,63 +3,12 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_keras
 from tensorflow.python.training import moving_averages
-from tf_keras.src.legacy_tf_layers import core, normalization
 
 import kquant
 
 from .nets import v1
-
-RNG = np.random.default_rng(3)
-IMAGES = RNG.normal(size=(32, 8, 8, 3)).astype(np.float32)
-WORDS = RNG.normal(size=(32, 6, 8)).astype(np.float32)
-
-
-def weight(name, *shape):
-    return v1.get_variable(name, shape, initializer=v1.glorot_uniform_initializer(seed=sum(map(ord, name))))
-
-
-def vector(name, size, mean=0.0, **options):
-    start = v1.random_normal_initializer(mean, 0.2, seed=sum(map(ord, name)))
-    return v1.get_variable(name, [size], initializer=start, **options)
-
-
-def head(y):
-    y = tf.reduce_mean(y, list(range(1, y.shape.rank - 1)))
-    return tf.matmul(y, weight("head", y.shape[-1], 4), name="out")
-
-
-def trained(build, data, config=None, flags=()):
-    """The session of a graph that was quantized and trained for a few steps."""
-    graph = tf.Graph()
-    with graph.as_default():
-        v1.set_random_seed(1)
-        x = v1.placeholder(data.dtype, [None, *data.shape[1:]], name="x")
-        y = build(x)
-        loss = tf.reduce_mean(tf.square(y - 1.0))
-        start = v1.Session()
-        start.run(v1.global_variables_initializer())
-        report = kquant.QAT_Quantizer(config)(graph, data, session=start)
-        assert report.inputs == ("x",)
-        with tf.control_dependencies(v1.get_collection(v1.GraphKeys.UPDATE_OPS)):
-            train = v1.train.AdamOptimizer(1e-2).minimize(loss)
-        session = v1.Session()
-        session.run(v1.global_variables_initializer())
-        feeds = {x: data, **{graph.get_tensor_by_name(f): True for f in flags}}
-        losses = [session.run([loss, train], feeds)[0] for _ in range(15)]
-        assert losses[-1] < losses[0]
-    return session
-
-
-def checked(session, path, data):
-    """The kinds of ops of the exported file, which is fully integer and keeps the contract."""
-    kquant.export_tflite(session, path)
-    assert kquant.audit(path).fully_integer
-    report = kquant.verify(session, path, data)
-    assert report.ok, report.problems
-    return [op.kind for op in report.ops]
-
+from .trained import IMAGES, WORDS, checked, head, trained, vector, weight
 
 # -- batch norm by hand -----------------------------------------------------------------------------------------------
 
@@ -204,74 +153,6 @@ def test_what_is_written_out_keeps_its_name_and_is_only_done_when_it_is_quantize
     report = kquant.QAT_Quantizer([{"q_bits": 8, "op_types": ["MatMul", "AddN"]}])(graph)
     assert report.outputs == ("total",)
     assert report.activations == 6  # the input, three products and two sums
-
-
-# -- flags ------------------------------------------------------------------------------------------------------------
-
-
-def by_hand(y, flag):
-    """Batch norm as it stood in many an answer: `tf.cond` between the batch's statistics and their averages."""
-    mean, variance = tf.nn.moments(y, [0, 1, 2])
-    average = tf.train.ExponentialMovingAverage(0.9)
-
-    def update():
-        with tf.control_dependencies([average.apply([mean, variance])]):
-            return tf.identity(mean), tf.identity(variance)
-
-    mean, variance = tf.cond(flag, update, lambda: (average.average(mean), average.average(variance)))
-    return tf.nn.batch_normalization(y, mean, variance, vector("beta", 6), vector("gamma", 6, 1.0), 1e-3)
-
-
-def by_layers(y, flag):
-    return normalization.batch_normalization(y, training=flag)
-
-
-def by_keras(y, flag):
-    return tf_keras.layers.BatchNormalization()(y, training=flag)
-
-
-@pytest.fixture(params=["switch and merge", "functions"])
-def control_flow(request):
-    """The two forms of conditionals: those of TensorFlow 1, and those that `enable_control_flow_v2` gives."""
-    on = v1.control_flow_v2_enabled()
-    (v1.disable_control_flow_v2 if request.param == "switch and merge" else v1.enable_control_flow_v2)()
-    yield
-    (v1.enable_control_flow_v2 if on else v1.disable_control_flow_v2)()
-
-
-@pytest.mark.parametrize(("norm", "given"), [(by_hand, "default"), (by_layers, "placeholder"), (by_keras, "default")])
-@pytest.mark.filterwarnings("ignore:`tf.layers")
-@pytest.mark.filterwarnings("ignore:.*_colocate_with")
-def test_a_flag_that_is_fed_decides_on_batch_norm_and_dropout(norm, given, control_flow, tmp_path):
-    def build(x):
-        flag = v1.placeholder(tf.bool, name="flag")
-        if given == "default":
-            flag = v1.placeholder_with_default(False, [], name="flag_by_default")
-        y = tf.nn.relu(norm(tf.nn.conv2d(x, weight("kernel", 3, 3, 3, 6), 1, "SAME"), flag))
-        return head(core.dropout(y, 0.2, training=flag))
-
-    flag = "flag:0" if given == "placeholder" else "flag_by_default:0"
-    session = trained(build, IMAGES, flags=[flag])
-    assert checked(session, tmp_path / "model.tflite", IMAGES)[1:] == ["conv2d", "mean", "dense"]
-    # The file is the graph with the flag off: the moving averages, and no dropout.
-    graph = session.graph
-    feeds = {graph.get_tensor_by_name("x:0"): IMAGES, graph.get_tensor_by_name(flag): False}
-    kquant.freeze_observers(session)
-    wanted = session.run(graph.get_tensor_by_name("kquant/out/quantized:0"), feeds)
-    got = kquant.load_artifact(tmp_path / "model.tflite")(IMAGES)
-    assert np.abs(got - wanted).max() <= 0.02 * np.ptp(wanted)  # a few steps of the output
-
-
-def test_a_flag_that_decides_on_more_is_refused(control_flow):
-    graph = tf.Graph()
-    with graph.as_default():
-        x = v1.placeholder(tf.float32, [None, 8])
-        flag = v1.placeholder_with_default(False, [], name="training")
-        w = weight("a", 8, 8)
-        y = tf.cond(flag, lambda: tf.matmul(x, w), lambda: tf.matmul(x, w) * 0.5)
-        tf.matmul(y, weight("b", 8, 3))
-    with pytest.raises(kquant.ModelError, match=r"batch norm and dropout only.*training=True.*a flag decides"):
-        kquant.QAT_Quantizer()(graph)
 
 
 # -- constants --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Batch norms that a flag decides on: their moving averages, and how they are frozen while the flag is on.
+
+With the flag off such a norm takes its moving averages, and so it is read. A frozen one does so with the flag on too:
+the conditionals that it consists of, and those that update its averages, see the flag only while it is not frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from kquant.tf1 import marks
+from kquant.tf1.flags import CONDITIONALS, SWITCHES, evaluated, outside, switch_of
+from kquant.tf1.match import Found, Matcher
+from kquant.tf1.rewire import Slot, readers, redirect
+from kquant.tf1.statistics import ARITHMETIC, ASSIGNS
+from kquant.tf1.values import variable_of
+
+FUSED = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+ROOTS = ("Rsqrt", "Sqrt", "Pow")
+_PASSED = (*ARITHMETIC, "Reshape", "Squeeze", "ExpandDims", "StopGradient", "RealDiv")
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """A batch norm that a flag decides on.
+
+    Args:
+        mean, variance: op names of the variables that hold its moving averages.
+        decided: the tensors at which the flag decides.
+    """
+
+    mean: str
+    variance: str
+    decided: tuple[Any, ...]
+
+
+def flagged(m: Matcher, found: Found) -> Flagged | None:
+    """The batch norm of a flag that an op is, or None where it is none, or not one whose averages can be told."""
+    decided, rooted, others = _behind(m, found)
+    trained = {v.op.name for v in m.evaluator.graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES)}
+    means, variances = others - rooted - trained, rooted - trained
+    if found.anchor.type in FUSED:
+        means, variances = (m.variables(t) for t in found.attrs["parameters"][2:4])
+    if not decided or len(means) != 1 or len(variances) != 1 or not all(map(predicate_of, decided)):
+        return None
+    return Flagged(means.pop(), variances.pop(), tuple(decided))
+
+
+def is_decided(m: Matcher, found: Found) -> bool:
+    """Whether a flag decides on what an op computes."""
+    return bool(_behind(m, found)[0])
+
+
+def _behind(m: Matcher, found: Found) -> tuple[list[Any], set[str], set[str]]:
+    """The tensors at which a flag decides on an op; the variables in it, those under a root and those that are not."""
+    stop = {s.name for s in found.sources if isinstance(s, tf.Tensor)}
+    decided, variables = {}, {True: set[str](), False: set[str]()}
+    todo, seen = [(found.output, False)], set()
+    while todo:
+        tensor, rooted = todo.pop()
+        if tensor.name in stop or (tensor.name, rooted) in seen:
+            continue
+        seen.add((tensor.name, rooted))
+        variable, chosen = variable_of(tensor), evaluated(tensor)
+        if variable is not None:
+            variables[rooted].add(variable.name)
+        elif chosen is not None:
+            decided[tensor.name] = tensor
+            todo.append((chosen, rooted))
+        elif tensor.name not in m.evaluator.statistics:
+            todo += [(t, rooted or tensor.op.type in ROOTS) for t in tensor.op.inputs]
+    return list(decided.values()), variables[True], variables[False]
+
+
+# -- freezing ---------------------------------------------------------------------------------------------------------
+
+
+def freeze_with(m: Matcher, norm: Flagged, is_frozen: Any) -> None:
+    """Let a norm take its moving averages, and leave them as they are, while a tensor is true."""
+    decided, statistics = {t.name: t for t in norm.decided}, {}
+    for name in (norm.mean, norm.variance):
+        for places, batch in _updates(m, name):
+            decided.update({t.name: t for t in places})
+            statistics.update({t.name: (t, name) for t in batch})
+    places = list(dict.fromkeys(p for t in decided.values() for p in predicate_of(t)))
+    still: dict[str, Any] = {}
+    for op, index in places:
+        flag = op.inputs[index]
+        if flag.name not in still:
+            still[flag.name] = tf.logical_and(flag, tf.logical_not(is_frozen), name="is_moving")
+        redirect([(op, index)], still[flag.name])
+    for statistic, name in statistics.values():
+        where = readers(statistic)
+        average = tf.reshape(value_of(m, name), statistic.shape.as_list())
+        result = tf.identity(tf.where(is_frozen, average, statistic), marks.STATISTIC)
+        marks.put(result.op, marks.STATISTIC, input=statistic.name)
+        redirect(where, result)
+
+
+def value_of(m: Matcher, name: str) -> Any:
+    """A new tensor with the value of a variable, read in the run in which it is used."""
+    (tensor,) = m.evaluator.graph.get_operation_by_name(name).outputs
+    if tensor.dtype != tf.resource:
+        return tf.identity(tensor)
+    return tf.raw_ops.ReadVariableOp(resource=tensor, dtype=tensor.op.get_attr("dtype"))
+
+
+def _updates(m: Matcher, name: str) -> Iterator[tuple[list[Any], list[Any]]]:
+    """For each update of an average: the tensors at which a flag decides on it, or else the statistics in it."""
+    (handle,) = m.evaluator.graph.get_operation_by_name(name).outputs
+    for op in handle.consumers():
+        if op.type in CONDITIONALS and marks.of(op, marks.CONDITIONAL) is not None:
+            yield [op.outputs[0]], []
+    for op in m.evaluator.graph.get_operations():
+        if op.type in ASSIGNS:
+            variable = variable_of(outside(op.inputs[0]))
+            if variable is not None and variable.name == name:
+                yield _update(m, op)
+
+
+def _update(m: Matcher, assign: Any) -> tuple[list[Any], list[Any]]:
+    """Where a flag decides on an assignment; or the batch statistics that it averages whatever the flag is."""
+    pivots = [op.inputs[0] for op in assign.control_inputs if op.type == "Identity"]
+    decided = [t for t in (assign.inputs[0], *pivots) if t.op.type in SWITCHES and evaluated(t) is not None]
+    statistics, todo, seen = [], [assign.inputs[1]], set()
+    while todo:
+        tensor = todo.pop()
+        if tensor.name in seen:
+            continue
+        seen.add(tensor.name)
+        if evaluated(tensor) is not None:
+            decided.append(tensor)
+        elif tensor.name in m.evaluator.statistics:
+            statistics.append(tensor)
+        elif tensor.op.type in _PASSED:
+            todo += list(tensor.op.inputs)
+    return decided, [] if decided else statistics
+
+
+def predicate_of(tensor: Any) -> list[Slot]:
+    """The inputs of graph ops through which the conditional that decides on a tensor sees its flag.
+
+    Empty where it reads the flag without an identity of its own, as other conditionals on the flag then do too.
+    """
+    op = tensor.op
+    if op.type in CONDITIONALS:
+        return [(op, 0)]
+    switch = op if op.type in SWITCHES else switch_of(op)
+    flag, scope = switch.inputs[1], _scope(switch)
+    if switch.inputs[0] is not flag:  # a tensor that is handed in; what hands in the flag itself is the pivot
+        if flag.op.type != "Identity":
+            return []
+        flag, scope = flag.op.inputs[0], _scope(flag.op)
+    return [(op, i) for op, i in readers(flag) if _scope(op) == scope and op.type in (*SWITCHES, "Identity")]
+
+
+def _scope(op: Any) -> str:
+    return str(op.name).rpartition("/")[0]
