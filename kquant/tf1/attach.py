@@ -18,10 +18,11 @@ from kquant.tf1 import marks
 from kquant.tf1.graphs import GraphModel, as_model, remember, tensor_id
 from kquant.tf1.match import Found
 from kquant.tf1.norms import gain_of, make_freezable
+from kquant.tf1.phase import trains
 from kquant.tf1.ranges import Range
-from kquant.tf1.read import complete, read_with_source, to_write_out
+from kquant.tf1.read import complete, needed_by, read_with_source, to_write_out
 from kquant.tf1.rewire import Slot, readers, redirect, slots
-from kquant.tf1.state import State, scope_of
+from kquant.tf1.state import SCOPE, State, scope_of
 from kquant.tf1.write_out import can, write_out
 from kquant.tf_numerics import quantized_weight, weight_codes, with_quantized_gradient
 
@@ -74,6 +75,7 @@ class Rewriter:
         stands = {name: self.graph.get_tensor_by_name(by) for by, name in marks.standing_for(self.graph).items()}
         self.current: dict[str, Any] = {tensor_id(self._raw(name)): tensor for name, tensor in stands.items()}
         self.found: dict[str, Found] = {}
+        self.trains: Any = None
         self.activations = self.kernels = 0
 
     def check_trains(self) -> None:
@@ -90,6 +92,10 @@ class Rewriter:
     def run(self) -> None:
         """Insert everything."""
         found = self.found = {op.id: op.source for op in self.read.ops}
+        if self.model.training:
+            needed = [needed_by([t], {i.name for i in self.model.inputs}) for t in self.model.outputs]
+            with tf.name_scope(f"{SCOPE}/phase/"):
+                self.trains = trains(self.matcher, found.values(), needed)
         # All places are looked up before the first of them changes.
         places = {op_id: slots(f, self.matcher.depends) for op_id, f in found.items()}
         for name in self.read.inputs:
@@ -164,7 +170,7 @@ class Rewriter:
 
     def _range(self, spec: Spec) -> Range:
         decay = 1.0 if spec.naive else EMA_DECAY
-        return Range(spec, scope_of(spec.id), self.state, decay, self.model.training)
+        return Range(spec, scope_of(spec.id), self.state, decay, self.model.training, self.trains)
 
     # -- kernels --------------------------------------------------------------------------------------------------
 

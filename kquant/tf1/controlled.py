@@ -6,7 +6,7 @@ from typing import Any
 
 from kquant.core.controls import Controlled
 from kquant.tf1 import marks
-from kquant.tf1.flagged import is_decided
+from kquant.tf1.flagged import behind
 from kquant.tf1.graphs import as_model
 from kquant.tf1.read import NAME, complete, read_with_source
 
@@ -24,5 +24,5 @@ def controlled(value: Any) -> Controlled | None:
     ranges = [state for state in reader.ranges.values() if state.fixed is None]
     norms = dict.fromkeys(op.attrs["batch_norm"] for op in graph.ops if "batch_norm" in op.attrs)
     affine = [op for op in graph.ops if op.kind == "channel_affine" and "batch_norm" not in op.attrs]
-    beyond = [op.layer for op in affine if is_decided(reader.matcher, op.source)]
+    beyond = [op.layer for op in affine if behind(reader.matcher, op.source).decided]
     return Controlled(NAME, ranges, list(norms), beyond)

@@ -1,7 +1,7 @@
-"""Batch norms that a flag decides on: their moving averages, and how they are frozen while the flag is on.
+"""Batch norms that a flag decides on: their moving averages, and how they are frozen while training goes on.
 
-With the flag off such a norm takes its moving averages, and so it is read. A frozen one does so with the flag on too:
-the conditionals that it consists of, and those that update its averages, see the flag only while it is not frozen.
+Such a norm takes its moving averages in one branch of a conditional, and the batch's statistics in the other. While it
+is frozen, the conditionals that it consists of, and those that update its averages, take the branch of the averages.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import tensorflow as tf
 
 from kquant.tf1 import marks
-from kquant.tf1.flags import CONDITIONALS, SWITCHES, evaluated, outside, switch_of
+from kquant.tf1.flags import CONDITIONALS, SWITCHES, evaluated, outside, switch_of, value_in_evaluation
 from kquant.tf1.match import Found, Matcher
+from kquant.tf1.match_elementwise import RANDOM
 from kquant.tf1.rewire import Slot, readers, redirect
 from kquant.tf1.statistics import ARITHMETIC, ASSIGNS
 from kquant.tf1.values import variable_of
@@ -31,40 +32,65 @@ class Flagged:
     Args:
         mean, variance: op names of the variables that hold its moving averages.
         decided: the tensors at which the flag decides.
+        is_still: whether it takes them with the flag off; with a flag that says that it is a test it does not.
     """
 
     mean: str
     variance: str
     decided: tuple[Any, ...]
+    is_still: bool = True
 
 
-def flagged(m: Matcher, found: Found) -> Flagged | None:
-    """The batch norm of a flag that an op is, or None where it is none, or not one whose averages can be told."""
-    decided, rooted, others = _behind(m, found)
+def flagged(m: Matcher, found: Found, statistics: tuple[Any, Any] | None) -> Flagged | None:
+    """The batch norm of a flag that an op is, or None where it is none, or not one whose averages can be told.
+
+    Args:
+        m: the matcher.
+        found: the op.
+        statistics: the batch's mean and variance where the op is read as normalizing by those.
+    """
+    part = behind(m, found)
+    if not part.decided or not all(map(places_of, part.decided)):
+        return None
+    if statistics is not None:
+        mean, variance = (m.evaluator.statistics[t.name] for t in statistics)
+        return Flagged(mean, variance, part.decided, is_still=False)
     trained = {v.op.name for v in m.evaluator.graph.get_collection(tf.compat.v1.GraphKeys.TRAINABLE_VARIABLES)}
-    means, variances = others - rooted - trained, rooted - trained
+    means, variances = part.others - part.rooted - trained, part.rooted - trained
     if found.anchor.type in FUSED:
         means, variances = (m.variables(t) for t in found.attrs["parameters"][2:4])
-    if not decided or len(means) != 1 or len(variances) != 1 or not all(map(predicate_of, decided)):
+    if len(means) != 1 or len(variances) != 1:
         return None
-    return Flagged(means.pop(), variances.pop(), tuple(decided))
+    return Flagged(means.pop(), variances.pop(), part.decided)
 
 
-def is_decided(m: Matcher, found: Found) -> bool:
-    """Whether a flag decides on what an op computes."""
-    return bool(_behind(m, found)[0])
+@dataclass(frozen=True)
+class Behind:
+    """What lies between an op's sources and its output.
+
+    Args:
+        decided: the tensors at which a flag decides.
+        rooted, others: names of the variables in it, those under a root and those that are not.
+        is_random: whether random numbers are in it.
+    """
+
+    decided: tuple[Any, ...]
+    rooted: set[str]
+    others: set[str]
+    is_random: bool
 
 
-def _behind(m: Matcher, found: Found) -> tuple[list[Any], set[str], set[str]]:
-    """The tensors at which a flag decides on an op; the variables in it, those under a root and those that are not."""
+def behind(m: Matcher, found: Found) -> Behind:
+    """What an op is made of, with the flags off."""
     stop = {s.name for s in found.sources if isinstance(s, tf.Tensor)}
-    decided, variables = {}, {True: set[str](), False: set[str]()}
+    decided, variables, types = {}, {True: set[str](), False: set[str]()}, set()
     todo, seen = [(found.output, False)], set()
     while todo:
         tensor, rooted = todo.pop()
         if tensor.name in stop or (tensor.name, rooted) in seen:
             continue
         seen.add((tensor.name, rooted))
+        types.add(tensor.op.type)
         variable, chosen = variable_of(tensor), evaluated(tensor)
         if variable is not None:
             variables[rooted].add(variable.name)
@@ -73,7 +99,7 @@ def _behind(m: Matcher, found: Found) -> tuple[list[Any], set[str], set[str]]:
             todo.append((chosen, rooted))
         elif tensor.name not in m.evaluator.statistics:
             todo += [(t, rooted or tensor.op.type in ROOTS) for t in tensor.op.inputs]
-    return list(decided.values()), variables[True], variables[False]
+    return Behind(tuple(decided.values()), variables[True], variables[False], bool(types & {*RANDOM}))
 
 
 # -- freezing ---------------------------------------------------------------------------------------------------------
@@ -86,19 +112,26 @@ def freeze_with(m: Matcher, norm: Flagged, is_frozen: Any) -> None:
         for places, batch in _updates(m, name):
             decided.update({t.name: t for t in places})
             statistics.update({t.name: (t, name) for t in batch})
-    places = list(dict.fromkeys(p for t in decided.values() for p in predicate_of(t)))
-    still: dict[str, Any] = {}
-    for op, index in places:
+    chosen: dict[str, Any] = {}
+    for op, index in dict.fromkeys(p for t in decided.values() for p in places_of(t)):
         flag = op.inputs[index]
-        if flag.name not in still:
-            still[flag.name] = tf.logical_and(flag, tf.logical_not(is_frozen), name="is_moving")
-        redirect([(op, index)], still[flag.name])
+        if flag.name not in chosen:
+            chosen[flag.name] = _or_frozen(flag, is_frozen, norm.is_still)
+        redirect([(op, index)], chosen[flag.name])
     for statistic, name in statistics.values():
         where = readers(statistic)
         average = tf.reshape(value_of(m, name), statistic.shape.as_list())
         result = tf.identity(tf.where(is_frozen, average, statistic), marks.STATISTIC)
         marks.put(result.op, marks.STATISTIC, input=statistic.name)
         redirect(where, result)
+
+
+def _or_frozen(flag: Any, is_frozen: Any, is_still: bool) -> Any:
+    """A conditional's predicate, which takes the branch of the moving averages while the norm is frozen."""
+    averages = value_in_evaluation(flag) == is_still
+    result = tf.logical_or(flag, is_frozen) if averages else tf.logical_and(flag, tf.logical_not(is_frozen))
+    marks.put(result.op, marks.PREDICATE, input=flag.name)
+    return result
 
 
 def value_of(m: Matcher, name: str) -> Any:
@@ -141,7 +174,7 @@ def _update(m: Matcher, assign: Any) -> tuple[list[Any], list[Any]]:
     return decided, [] if decided else statistics
 
 
-def predicate_of(tensor: Any) -> list[Slot]:
+def places_of(tensor: Any) -> list[Slot]:
     """The inputs of graph ops through which the conditional that decides on a tensor sees its flag.
 
     Empty where it reads the flag without an identity of its own, as other conditionals on the flag then do too.

@@ -34,10 +34,30 @@ def value_in_evaluation(predicate: Any) -> bool | None:
         value = value_in_evaluation(op.inputs[0])
         return None if value is None else not value
     if op.type in ("LogicalAnd", "LogicalOr"):
+        mark = marks.of(op, marks.PREDICATE)
+        if mark is not None:
+            return value_in_evaluation(op.graph.get_tensor_by_name(mark["input"]))
         decides = op.type == "LogicalOr"  # one operand of this value decides
         values = [value_in_evaluation(t) for t in op.inputs]
         return decides if decides in values else None if None in values else not decides
     return bool(tf.get_static_value(predicate)) if op.type == "Const" else None
+
+
+def flags_of(tensor: Any) -> list[Any]:
+    """The flags that a predicate is made of."""
+    if is_flag(tensor):
+        return [tensor]
+    return [flag for source in tensor.op.inputs for flag in flags_of(source)]
+
+
+def predicate(tensor: Any) -> Any:
+    """The predicate of the conditional that decides on a tensor, as it is outside of all conditionals."""
+    op = tensor.op
+    switch = op if op.type in SWITCHES else None if op.type in CONDITIONALS else switch_of(op)
+    found = op.inputs[0] if switch is None else switch.inputs[1]
+    while found.op.type in ("Identity", *SWITCHES):
+        found = found.op.inputs[0]
+    return found
 
 
 def evaluated(tensor: Any) -> Any | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from kquant.tf1 import marks
 from kquant.tf1.match import Matcher
+from kquant.tf1.write_out import written_out
 
 _LOGARITHMS = ("Log", "Log1p", "LogSoftmax")
 _DISTANCES = ("Square", "SquaredDifference", "Abs", "Sub", "Neg")
@@ -80,7 +81,8 @@ class Losses:
     def _original(self, op: Any) -> Any:
         """The op that one is a part of, if it was written out."""
         mark = marks.of(op, marks.PART)
-        return op if mark is None else self._original(op.graph.get_operation_by_name(mark["of"]))
+        name = written_out(op) if mark is None else mark["of"]
+        return op if name is None else self._original(op.graph.get_operation_by_name(name))
 
     def _is_lost(self, tensor: Any) -> bool:
         op = self._original(tensor.op)

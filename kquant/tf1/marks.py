@@ -25,6 +25,7 @@ WRITTEN_OUT = "written_out"  # what is computed by several ops in the place of o
 PART = "part"  # one of the ops that another one was written out in
 CONDITIONAL = "conditional"  # one with a flag, whose branch for evaluation was inlined beside it
 EVALUATION = "evaluation"  # an op of such a branch
+PREDICATE = "predicate"  # what a conditional of a batch norm that can be frozen sees of its flag
 
 FLOORED = "floored"  # the training form of a kernel that holds its batch norm
 

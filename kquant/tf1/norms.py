@@ -116,7 +116,8 @@ def batch_norm_of(m: Matcher, found: Found) -> BatchNorm | None:
     """The batch norm that an op is in a training graph, or None."""
     if found.kind != "channel_affine":
         return None
-    statistics, of_flag = statistics_of(m, found), flagged(m, found)
+    statistics = statistics_of(m, found)
+    of_flag = flagged(m, found, statistics)
     if statistics is not None:
         mean, variance = (m.evaluator.statistics[t.name] for t in statistics)
     elif of_flag is not None:
@@ -151,13 +152,14 @@ def make_freezable(m: Matcher, found: Found, state: State) -> Any | None:
     While it is frozen, its moving averages take the place of the batch statistics wherever those are read, also in the
     ops that update the averages, which then stay as they are.
     """
-    statistics, of_flag = statistics_of(m, found), flagged(m, found)
+    statistics = statistics_of(m, found)
+    of_flag = flagged(m, found, statistics)
     if statistics is None and of_flag is None:
         return None
     frozen = state.variable(frozen_name(found.anchor.name), np.float32(0.0))
     with tf.name_scope(f"{scope_of(found.anchor.name)}/"):
         is_frozen = frozen.read_value() > 0
-        if statistics is None:
+        if of_flag is not None:
             freeze_with(m, of_flag, is_frozen)
             return None
         averages = [value_of(m, m.evaluator.statistics[t.name]) for t in statistics]

@@ -29,10 +29,12 @@ class Range:
         state: adds them.
         decay: of the exponential moving average.
         training: whether batches move it.
+        trains: whether those of a run do, as a tensor; None for all runs.
     """
 
-    def __init__(self, spec: Spec, base: str, state: State, decay: float, training: bool):
+    def __init__(self, spec: Spec, base: str, state: State, decay: float, training: bool, trains: Any = None):
         self.spec, self.base, self.state, self.decay, self.training = spec, base, state, decay, training
+        self.trains = trains
         self.fixed: list[float] | None = [0.0, 1.0] if spec.unit else None
         if spec.fixed is not None:
             self.fixed = [float(spec.fixed.dequantize(np.array(q))) for q in (spec.fixed.qmin, spec.fixed.qmax)]
@@ -81,7 +83,7 @@ class Range:
     def _ready(self, seen: Any) -> Any:
         """Whether quantization is on, as a tensor; None where it always is."""
         started = self.state.started(self.spec.start_step)
-        if self.fixed or self.training:
+        if self.fixed or (self.training and self.trains is None):
             return started
         return seen if started is None else tf.logical_and(started, seen)
 
@@ -89,13 +91,17 @@ class Range:
         """Take in a batch; returns the ops that write what was found, and what `_in_force` takes."""
         own = self.variables[index]
         with tf.control_dependencies(self.reads.get(index, [])):
-            state = Observed(**{f: own[f].read_value() for f in FIELDS}, frozen=self.frozen.read_value())
+            state = Observed(**{f: own[f].read_value() for f in FIELDS}, frozen=self._is_still())
         taken = observe(x, state, 0, self.spec.nonneg, self.decay)
         values = {field: getattr(taken, field) for field in ("minimum", "maximum", "seen")}
         with tf.control_dependencies([*self.reads.get(index, []), *state]):
             writes = [own[f].assign(v, read_value=False) for f, v in values.items()]
         self.updates[index] = writes, values
         return writes, (taken.low, taken.high)
+
+    def _is_still(self) -> Any:
+        frozen = self.frozen.read_value()
+        return frozen if self.trains is None else tf.where(self.trains, frozen, tf.ones_like(frozen))
 
     def _in_force(self, batch: tuple[Any, Any]) -> tuple[Any, Any, Any]:
         """Low and high end over all sites, for a batch in training, and whether there is a range at all."""

@@ -88,7 +88,7 @@ class Reader:
         self.behind = marks.standing_for(model.graph)
         self.finished = _finished(model.graph, self.behind)
         self.inputs = {t.name for t in model.inputs}
-        self.needed = _needed([self._final(t) for t in model.outputs], self.inputs)
+        self.needed = needed_by([self._final(t) for t in model.outputs], self.inputs)
         self.matcher = matcher_of(model, model.inputs, lambda op: op.name in self.needed)
         self.ops: list[Op] = []
         self.found: dict[str, Found] = {}
@@ -249,7 +249,7 @@ def _finished(graph: Any, behind: dict[str, str]) -> dict[str, Any]:
     return found
 
 
-def _needed(outputs: list[Any], inputs: set[str]) -> set[str]:
+def needed_by(outputs: list[Any], inputs: set[str]) -> set[str]:
     """Names of the graph ops that the outputs depend on, up to the inputs."""
     todo, seen = [t.op for t in outputs], set()
     while todo:

@@ -79,6 +79,8 @@ def _averaged(value: Any, depends: set[str]) -> list[Any]:
         mark = marks.of(tensor.op, marks.STATISTIC)
         if mark is not None:  # a statistic that can be frozen stands for itself and for what is behind it
             found += [tensor, tensor.graph.get_tensor_by_name(mark["input"])]
+        elif evaluated(tensor) is not None:
+            todo.append(evaluated(tensor))
         elif tensor.op.type in ARITHMETIC:
             todo += list(tensor.op.inputs)
         elif tensor.shape.rank:

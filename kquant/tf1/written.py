@@ -66,6 +66,20 @@ def squared_difference(op: Any) -> Make | None:
     return make
 
 
+@writes("LogSoftmax")
+def log_softmax(op: Any) -> Make | None:
+    """`x - max(x) - log(sum(exp(x - max(x))))`; the target's kernel has a step of 1/16 whatever the values are."""
+    x = op.inputs[0]
+    if _sizes(x) is None or x.shape.rank < 2:
+        return None
+
+    def make() -> Any:
+        shifted = x - tf.reduce_max(x, -1, keepdims=True)
+        return shifted - tf.math.log(tf.reduce_sum(tf.exp(shifted), -1, keepdims=True))
+
+    return make
+
+
 @writes("RealDiv")
 def quotient(op: Any) -> Make | None:
     """A tensor divided by one with fewer elements, as a deviation or a norm is: times its reciprocal."""

@@ -139,6 +139,24 @@ def test_what_is_written_out(build, bits, tmp_path):
     assert "opaque" not in checked(session, tmp_path / "model.tflite", data)
 
 
+def test_logarithms_of_probabilities_are_an_output(tmp_path):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 8], name="x")
+        logarithms = tf.nn.log_softmax(3.0 * tf.matmul(x, weight("a", 8, 10)))
+        session = v1.Session()
+        session.run(v1.global_variables_initializer())
+        data = WORDS.reshape(-1, 8)
+        expected = session.run(logarithms, {x: data})
+        assert kquant.QAT_Quantizer()(graph, data, training=False, session=session).outputs == ("LogSoftmax",)
+    path = tmp_path / "model.tflite"
+    assert "opaque" not in checked(session, path, data)
+    got = kquant.load_artifact(path)(data)
+    # Half a step from each of five tensors in turn, of which most are finer than the result, and from the weights.
+    assert np.abs(got - expected).max() < 4 * np.ptp(expected) / 255
+    assert np.abs(got - expected).mean() < 0.8 * np.ptp(expected) / 255
+
+
 def test_what_is_written_out_keeps_its_name_and_is_only_done_when_it_is_quantized():
     graph = tf.Graph()
     with graph.as_default():

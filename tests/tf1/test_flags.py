@@ -58,7 +58,7 @@ def test_a_flag_that_is_fed_decides_on_batch_norm_and_dropout(norm, given, contr
         return head(core.dropout(y, 0.2, training=flag))
 
     flag = "flag:0" if given == "placeholder" else "flag_by_default:0"
-    session = trained(build, IMAGES, flags=[flag])
+    session = trained(build, IMAGES, flags={flag: True})
     assert checked(session, tmp_path / "model.tflite", IMAGES)[1:] == ["conv2d", "mean", "dense"]
     # The file is the graph with the flag off: the moving averages, and no dropout.
     graph = session.graph
@@ -127,12 +127,33 @@ def updated_in_another_conditional(y, flag):
     return tf.nn.batch_normalization(y, mean, variance, vector("beta", 6), vector("gamma", 6, 1.0), 1e-3)
 
 
+def negated(y, flag):
+    """The conditional asks whether the graph evaluates."""
+    moving, batch = averages(6), tf.nn.moments(y, [0, 1, 2])
+    for average, statistic in zip(moving, batch, strict=True):
+        v1.add_to_collection(v1.GraphKeys.UPDATE_OPS, average.assign_sub(0.1 * (average - statistic)))
+    mean, variance = tf.cond(tf.logical_not(flag), lambda: tuple(tf.identity(m) for m in moving), lambda: batch)
+    return tf.nn.batch_normalization(y, mean, variance, vector("beta", 6), vector("gamma", 6, 1.0), 1e-3)
+
+
 def of_a_test_flag(y, flag):
-    """The flag says that it is a test, so that training is what the graph computes with the flag off."""
-    return by_hand(y, tf.logical_not(flag))
+    """The flag says that the graph evaluates, and the file is what it computes with the flag off: training."""
+    average = tf.train.ExponentialMovingAverage(0.9)
+    batch = tf.nn.moments(y, [0, 1, 2])
+    v1.add_to_collection(v1.GraphKeys.UPDATE_OPS, average.apply(batch))
+    mean, variance = tf.cond(flag, lambda: tuple(average.average(s) for s in batch), lambda: batch)
+    return tf.nn.batch_normalization(y, mean, variance, vector("beta", 6), vector("gamma", 6, 1.0), 1e-3)
 
 
-NORMS = (by_hand, by_layers, by_keras, always_updated, fused_in_branches, updated_in_another_conditional)
+def fused_of_a_test_flag(y, flag):
+    return by_layers(y, tf.logical_not(flag))
+
+
+NORMS = (
+    by_hand, by_layers, by_keras, always_updated, fused_in_branches, updated_in_another_conditional, negated,
+    of_a_test_flag, fused_of_a_test_flag,
+)  # fmt: skip
+OF_TESTS = (of_a_test_flag, fused_of_a_test_flag)
 
 
 class Trained:
@@ -143,7 +164,8 @@ class Trained:
             flag = v1.placeholder(tf.bool, [], name="flag")
             return head(tf.nn.relu(norm(tf.nn.conv2d(x, weight("kernel", 3, 3, 3, 6), 1, "SAME", name="conv"), flag)))
 
-        self.session = trained(build, IMAGES, flags=["flag:0"])
+        self.on = norm not in OF_TESTS
+        self.session = trained(build, IMAGES, flags={"flag:0": self.on})
         self.graph = self.session.graph
         self.train = self.graph.get_operation_by_name("Adam")
         self.out = self.graph.get_tensor_by_name("out:0")
@@ -154,8 +176,8 @@ class Trained:
         name = variable.op.name.lower()
         return ("mean" in name or "variance" in name or "moments" in name) and not name.startswith(("kquant", "beta"))
 
-    def run(self, fetches, x=IMAGES, flag=True):
-        return self.session.run(fetches, {"x:0": x, "flag:0": flag})
+    def run(self, fetches, x=IMAGES, trains=True):
+        return self.session.run(fetches, {"x:0": x, "flag:0": trains == self.on})
 
     def step(self):
         """The averages after one step of training."""
@@ -197,12 +219,12 @@ def test_a_frozen_batch_norm_takes_its_averages_though_the_flag_is_on(norm, cont
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.filterwarnings("ignore:`tf.layers")
 @pytest.mark.filterwarnings("ignore:.*_colocate_with")
-def test_reestimated_averages_of_a_flag_are_those_of_the_data(norm, control_flow):
+def test_reestimated_averages_of_a_flag_are_those_of_the_data(norm):
     net = Trained(norm)
     assert kquant.reestimate_batch_norm(net.session, [IMAGES]) == 1
     x, kernel = (net.graph.get_tensor_by_name(f"kquant/{n}/quantized:0") for n in ("x", "conv/kernel"))
     with net.graph.as_default():
-        exact = net.run(tf.nn.conv2d(x, kernel, 1, "SAME"), flag=False).astype(np.float64)
+        exact = net.run(tf.nn.conv2d(x, kernel, 1, "SAME"), trains=False).astype(np.float64)
     found = net.session.run(net.moving)
     np.testing.assert_allclose(found[0], exact.mean((0, 1, 2)), atol=1e-5)
     np.testing.assert_allclose(found[1], exact.var((0, 1, 2)), rtol=1e-4)
@@ -219,7 +241,7 @@ def test_a_norm_that_the_controls_do_not_reach_is_named():
         gamma = vector("gamma", 6, 1.0, trainable=False)
         return head(tf.nn.batch_normalization(y, mean, variance, vector("beta", 6), gamma, 1e-3))
 
-    session = trained(build, IMAGES, flags=["flag:0"])
+    session = trained(build, IMAGES, flags={"flag:0": True})
     for control in (kquant.freeze_batch_norm, kquant.unfreeze_batch_norm):
         with pytest.warns(UserWarning, match=r"do not reach 1 batch norms: 'batchnorm/mul"):
             assert control(session) == 0
@@ -238,3 +260,69 @@ def test_the_evaluation_form_has_no_statistics_to_freeze():
         kquant.QAT_Quantizer()(graph, IMAGES, training=False, session=session)
     with pytest.raises(kquant.ModelError, match="evaluation form"):
         kquant.freeze_batch_norm(session)
+
+
+# -- ranges -----------------------------------------------------------------------------------------------------------
+
+
+def dropped(y, flag):
+    return core.dropout(y, 0.2, training=flag)
+
+
+def dropped_unless_tested(y, flag):
+    return tf.cond(flag, lambda: tf.identity(y), lambda: tf.nn.dropout(y, rate=0.2))
+
+
+def dropped_by_either(y, flag):
+    return core.dropout(y, 0.2, training=tf.logical_or(flag, v1.placeholder_with_default(False, [])))
+
+
+@pytest.mark.parametrize(
+    ("part", "on"),
+    [(by_hand, True), (by_layers, True), (negated, True), (of_a_test_flag, False), (fused_of_a_test_flag, False),
+     (dropped, True), (dropped_unless_tested, False), (dropped_by_either, True)],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`tf.layers")
+@pytest.mark.filterwarnings("ignore:.*_colocate_with")
+def test_ranges_move_in_runs_that_train(part, on, control_flow):
+    graph = tf.Graph()
+    with graph.as_default():
+        v1.set_random_seed(1)
+        x = v1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        flag = v1.placeholder(tf.bool, [], name="flag")
+        y = part(tf.nn.conv2d(x, weight("kernel", 3, 3, 3, 6), 1, "SAME", name="conv"), flag)
+        out = head(tf.nn.relu(y))
+        kquant.QAT_Quantizer()(graph)
+        session = v1.Session()
+        session.run(v1.global_variables_initializer())
+        quantized = graph.get_tensor_by_name("kquant/x/quantized:0")
+        top = next(v for v in v1.global_variables() if v.op.name == "kquant/x/maximum")
+
+    def run(scale, flag):
+        return session.run([out, quantized, top], {"x:0": scale * IMAGES, "flag:0": flag})[1:]
+
+    # Where no batch has set a range yet, nothing is quantized.
+    np.testing.assert_array_equal(run(1, not on)[0], IMAGES)
+    run(1, on)
+    np.testing.assert_allclose(session.run(top), IMAGES.max(), rtol=1e-6)
+    # A run that evaluates is clipped to the range, and leaves it where it is.
+    np.testing.assert_allclose(run(5, not on)[0].max(), IMAGES.max(), rtol=0.01)
+    np.testing.assert_allclose(session.run(top), IMAGES.max(), rtol=1e-6)
+    run(5, on)
+    np.testing.assert_allclose(session.run(top), 1.04 * IMAGES.max(), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`tf.layers")
+def test_ranges_move_in_every_run_where_an_output_needs_no_flag():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 8])
+        flag = v1.placeholder(tf.bool, [], name="flag")
+        y = tf.nn.relu(tf.matmul(x, weight("a", 8, 8)))
+        one, two = tf.matmul(y, weight("b", 8, 2)), tf.matmul(dropped(y, flag), weight("c", 8, 2))
+        kquant.QAT_Quantizer()(graph, outputs=[one, two])
+        session = v1.Session()
+        session.run(v1.global_variables_initializer())
+        top = next(v for v in v1.global_variables() if v.op.name == "kquant/Placeholder/maximum")
+    session.run(one, {x: np.full((4, 8), 2.0)})
+    assert session.run(top) == 2.0
