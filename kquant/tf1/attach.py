@@ -144,7 +144,9 @@ class Rewriter:
         for site in self.plan.sites.get(name, ()):
             source = self.current.get(name, self._raw(name))
             if by_integer:
-                where = readers(source)
+                # A probability below half a step is 0, of which a loss has no logarithm.
+                lost = [op for op in source.consumers() if op.type == "Log" and op.name not in self.needed]
+                where = [place for place in readers(source) if place[0] not in lost]
             else:
                 integer = [op for op in self.read.ops if op.id in self.plan.integer]
                 where = [p for op in integer for t, ps in zip(op.inputs, places[op.id], strict=True) if t == name

@@ -21,6 +21,7 @@ from kquant.tf1.values import Values, variable_of
 BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 _GATHERS = ("ResourceGather",)
 _RESIZES = ("ResizeBilinear", "ResizeNearestNeighbor")
+_TRANSPOSED = "Conv2DBackpropInput"
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,9 @@ class Evaluator:
             # The size may be computed from the shape of data that this part does not hold.
             size = _integers(f"{op.name}/known_size", op.outputs[0].shape.as_list()[1:3], part)
             node.input[:] = [self._resolve(inputs[0], arrays, replaced, part), size]
+        elif op.type == _TRANSPOSED and None not in op.outputs[0].shape.as_list()[1:]:
+            kernel, x = (self._resolve(t, arrays, replaced, part) for t in inputs[1:])
+            node.input[:] = [_sizes(op, x, part), kernel, x]
         else:
             node.input[:] = [self._resolve(t, arrays, replaced, part) for t in inputs]
         part.nodes[op.name] = node
@@ -244,6 +248,25 @@ class Evaluator:
         node.attr["Tindices"].type = op.inputs[1].dtype.as_datatype_enum
         node.attr["Taxis"].type = tf.int32.as_datatype_enum
         return table, axis
+
+
+def _sizes(op: Any, x: str, part: _Nodes) -> str:
+    """The name of the sizes that an op makes of `x` in the part: the samples are those of `x`, the rest is known."""
+    integers, name = tf.int32.as_datatype_enum, f"{op.name}/sizes"
+    samples = [f"{name}/shape", _integers(f"{name}/begin", [0], part), _integers(f"{name}/size", [1], part)]
+    known = _integers(f"{name}/known", op.outputs[0].shape.as_list()[1:], part)
+    axis = _integers(f"{name}/axis", 0, part)
+    for kind, end, inputs, types in (
+        ("Shape", "/shape", [x], {"T": tf.float32.as_datatype_enum, "out_type": integers}),
+        ("Slice", "/samples", samples, {"T": integers, "Index": integers}),
+        ("ConcatV2", "", [f"{name}/samples", known, axis], {"T": integers, "Tidx": integers}),
+    ):
+        node = node_def_pb2.NodeDef(name=f"{name}{end}", op=kind, input=inputs)
+        for attribute, value in types.items():
+            node.attr[attribute].type = value
+        part.nodes[node.name] = node
+    part.nodes[name].attr["N"].i = 2
+    return name
 
 
 def _integers(name: str, value: Any, part: _Nodes) -> str:

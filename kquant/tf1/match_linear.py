@@ -89,18 +89,17 @@ def dilated(m: Matcher, op: Any, index: int) -> Found | str:
     """A dilated convolution, written as one on every n-th position: `SpaceToBatchND`, convolution, `BatchToSpaceND`."""
     reason = "it is read only as the end of a dilated convolution"
     inner = m.behind(op.inputs[0])
-    if m.is_parameter(inner) or inner.op.type not in ("Conv2D", "DepthwiseConv2dNative"):
+    found = None if m.is_parameter(inner) else m.match(inner)
+    if found is None or found.kernel is None or found.anchor.type not in ("Conv2D", "DepthwiseConv2dNative"):
         return reason
-    found = m.match(inner)
-    block = m.static(op.inputs[1])
-    tall = None if found.kernel is None else found.sources[0]
-    if tall is None or tall.op.type != "SpaceToBatchND" or block is None or len(block) != 2:
+    rank, (tall,), block = found.attrs["rank"], found.sources, m.static(op.inputs[1])
+    if tall.op.type != "SpaceToBatchND" or block is None or len(block) != rank:
         return reason
     x = tall.op.inputs[0]
-    once = m.is_read_once(tall, inner.op) and m.is_read_once(op.inputs[0], op)
+    once = len([r for r in tall.consumers() if m.readers(r)]) == 1 and m.is_read_once(op.inputs[0], op)
     plain = set(found.attrs["strides"]) == set(found.attrs["dilation"]) == {1}
-    spans = [(int(k) - 1) * int(d) for k, d in zip(found.kernel.tensor.shape[:2], block, strict=True)]
-    sizes, after = x.shape.as_list()[1:3], op.outputs[0].shape.as_list()[1:3]
+    spans = [(int(k) - 1) * int(d) for k, d in zip(found.kernel.tensor.shape[2 - rank : 2], block, strict=True)]
+    sizes, after = x.shape.as_list()[1:-1], op.outputs[0].shape.as_list()[1:-1]
     if not once or not plain or None in (*sizes, *after):
         return reason
     padding = "same" if sizes == after else "valid"
@@ -108,7 +107,7 @@ def dilated(m: Matcher, op: Any, index: int) -> Found | str:
         return reason
     attrs = {k: v for k, v in found.attrs.items() if k not in ("codes", "formula", "kernel_axes")}
     attrs |= {"padding": padding, "dilation": tuple(int(d) for d in block)}
-    return weighted(m, found.kind, inner.op, x, found.kernel, attrs).then(op)
+    return weighted(m, found.kind, found.anchor, x, found.kernel, attrs).then(op)
 
 
 @matches("Conv2DBackpropInput")

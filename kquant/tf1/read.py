@@ -94,6 +94,7 @@ class Reader:
         self.found: dict[str, Found] = {}
         self.tensors: dict[str, Tensor] = {}
         self.ranges: dict[str, RangeState] = {}
+        self.helpers: dict[str, tuple[Any, str]] = {}  # of opaque tensors without numbers, the op they are for, and why
 
     def _final(self, tensor: Any) -> Any:
         """An output as its readers see it: behind its fake quantizations."""
@@ -143,7 +144,7 @@ class Reader:
                 if self._id(current) not in self.tensors:
                     self._add(self.found[current.name])
                 continue
-            found = self.found[current.name] = self._match(current)
+            found = self.found[current.name] = self._for_its_reader(self._match(current))
             stack.append((current, True))
             stack += [(t, False) for t in reversed(found.sources) if isinstance(t, tf.Tensor)]
 
@@ -156,6 +157,18 @@ class Reader:
             what = f"{tensor.name!r}, on which a flag decides"
             fix = "Build the graph with training=True to train it, and with training=False to evaluate it"
             raise ModelError("graph", "flags that decide on batch norm and dropout only", what, fix)
+        return found
+
+    def _for_its_reader(self, found: Found) -> Found:
+        """What makes no numbers for an op that is not read, such as sizes or a loop's lists, is named like that op."""
+        if found.kind != "opaque":
+            return found
+        if found.output.name in self.helpers:
+            anchor, reason = self.helpers[found.output.name]
+            found = replace(found, anchor=anchor, attrs={**found.attrs, "reason": reason})
+        for source in found.sources:
+            if not source.dtype.is_floating:
+                self.helpers.setdefault(source.name, (found.anchor, found.attrs["reason"]))
         return found
 
     def _tensor(self, tensor: Any) -> str:

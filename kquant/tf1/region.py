@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kquant.core.errors import ModelError
+from kquant.core.errors import ModelError, UnsupportedError
 from kquant.core.int8_spec import row_of
 from kquant.tf1 import marks
 from kquant.tf1.flags import SWITCHES, value_in_evaluation
@@ -25,16 +25,25 @@ _KERNELS = (
     "GatherV2", "Gather", "ResourceGather",
 )  # fmt: skip
 
+_LABELS = ("OnesLike", "ZerosLike")
+
 
 def find(m: Matcher, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Inputs and outputs of the model in a graph, those that are not given.
 
     Raises:
         ModelError: no op with a kernel, or no data that reaches one.
+        UnsupportedError: none whose kernel the target has.
     """
     graph = m.evaluator.graph
     kernels = [op for op in graph.get_operations() if op.type in _KERNELS and op.outputs[0].name in m.depends]
+    unread = _written_for(graph)
+    kernels = [op for op in kernels if op.name not in unread]
     anchors = [op for op in kernels if m.match(op.outputs[0]).kernel is not None]
+    if kernels and not anchors and not outputs:
+        op, reason = kernels[0], m.match(kernels[0].outputs[0]).attrs["reason"]
+        fix = "Build it in a form that the target has, such as channels-last; or name outputs=, and leave it in float"
+        raise UnsupportedError(f"op {op.name!r} ({op.type})", reason, fix=fix)
     if not anchors and not outputs:
         fix = "Name the ends of the model with inputs= and outputs="
         raise ModelError("graph", "a graph with at least one op that has a trainable weight", "none", fix)
@@ -45,6 +54,19 @@ def find(m: Matcher, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple
     if not inputs:
         raise ModelError("graph", "data that reaches an op with a weight (a placeholder)", "none", "Give inputs=")
     return inputs, outputs or _outputs(m, ends, reached, {t.name for t in inputs})
+
+
+def _written_for(graph: Any) -> set[str]:
+    """The names of the ops that others were written for, and of those that only they read."""
+    parts = [marks.of(op, marks.PART) for op in graph.get_operations()]
+    found = {mark["of"] for mark in parts if mark is not None}
+    todo = [graph.get_operation_by_name(name) for name in found]
+    while todo:
+        for op in (t.op for t in todo.pop().inputs):
+            if op.name not in found and all(r.name in found for t in op.outputs for r in t.consumers()):
+                found.add(op.name)
+                todo.append(op)
+    return found
 
 
 def _sources(graph: Any) -> list[Any]:
@@ -69,6 +91,8 @@ def _behind(m: Matcher, tensors: list[Any]) -> set[str]:
 def _outputs(m: Matcher, anchors: list[Any], reached: set[str], inputs: set[str]) -> tuple[Any, ...]:
     # A placeholder of unknown shape beside the inputs is a rate or a flag, not data.
     others = [t for t in _sources(m.evaluator.graph) if t.name not in inputs and t.shape.rank is not None]
+    # What is made like a tensor of the model, with the same number everywhere, are labels.
+    others += [t for op in m.evaluator.graph.get_operations() if op.type in _LABELS for t in op.outputs]
     foreign = dependents(others)
     inside = set(reached)
     order = {t.name: t for t in anchors}
@@ -89,7 +113,8 @@ def _outputs(m: Matcher, anchors: list[Any], reached: set[str], inputs: set[str]
     # What an op reads that was written out is not an end, though what it was written out in may read something else.
     kept = {mark["of"] for n in inside if (mark := marks.of(graph.get_tensor_by_name(n).op, marks.PART))}
     read |= {t.name for name in kept for t in graph.get_operation_by_name(name).inputs}
-    ends = (t for name, t in order.items() if name not in read and name not in lost)
+    unread = _written_for(graph)
+    ends = (t for name, t in order.items() if name not in read and name not in lost and t.op.name not in unread)
     return tuple(sorted(ends, key=lambda t: t.op._id))
 
 

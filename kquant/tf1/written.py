@@ -80,6 +80,26 @@ def log_softmax(op: Any) -> Make | None:
     return make
 
 
+@writes("LRN")
+def local_response(op: Any) -> Make | None:
+    """Local response normalization: `x / (bias + alpha * sum of x² over near channels)^beta` (Krizhevsky et al. 2012).
+
+    The sum is a product with a band of ones.
+    """
+    x = op.inputs[0]
+    if _sizes(x) is None:
+        return None
+    bias, alpha, beta = (op.get_attr(name) for name in ("bias", "alpha", "beta"))
+    places = np.arange(int(x.shape[-1]))
+    band = np.abs(places[:, None] - places) <= op.get_attr("depth_radius")
+
+    def make() -> Any:
+        total = tf.nn.conv2d(x * x, band.astype(np.float32)[None, None], 1, "SAME")
+        return x * tf.pow(alpha * total + bias, -beta)
+
+    return make
+
+
 @writes("RealDiv")
 def quotient(op: Any) -> Make | None:
     """A tensor divided by one with fewer elements, as a deviation or a norm is: times its reciprocal."""
@@ -126,6 +146,22 @@ def block(op: Any) -> Make | None:
         split = [height // size, size, width // size, size, channels]
         order = [0, 1, 3, 2, 4, 5]
     return lambda: tf.reshape(tf.transpose(tf.reshape(x, [-1, *split]), order), [-1, *result])
+
+
+@writes("Reshape")
+def with_vector(op: Any) -> Make | None:
+    """`tf.tensordot` with a vector, as an attention has it: that with a matrix of one column, which is then dropped."""
+    product, x = op.inputs[0].op, None
+    if product.type == "MatMul" and product.inputs[0].op.type == "Reshape":
+        x, column = product.inputs[0].op.inputs[0], product.inputs[1]
+        if x.op.type == "Transpose":
+            order = tf.get_static_value(x.op.inputs[1])
+            x = x.op.inputs[0] if order is not None and list(order) == list(range(len(order))) else None
+    if x is None or _sizes(x) is None or x.shape.rank < 3 or column.shape.as_list() != [x.shape[-1], 1]:
+        return None
+    if op.outputs[0].shape.as_list() != x.shape.as_list()[:-1] or product.get_attr("transpose_b"):
+        return None
+    return lambda: tf.squeeze(tf.tensordot(x, column, 1), [-1])
 
 
 # -- products by letters ----------------------------------------------------------------------------------------------

@@ -182,3 +182,27 @@ def test_half_precision():
 @pytest.mark.parametrize("control", [kquant.freeze_observers, kquant.freeze_batch_norm])
 def test_controls_of_a_float_graph(control):
     refused("a quantized model.*quantize_model", control, small().session())
+
+
+def test_kernels_that_the_target_does_not_have_are_named():
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 3, 8, 8])
+        tf.nn.conv2d(x, v1.get_variable("kernel", [3, 3, 3, 4]), 1, "SAME", data_format="NCHW", name="first")
+    with pytest.raises(kquant.UnsupportedError, match=r"op 'first' \(Conv2D\): .*channels-last.*'NCHW'. Build it"):
+        kquant.QAT_Quantizer()(graph)
+
+
+def test_a_loop_is_refused_by_its_own_name():
+    """And not by that of the sizes and counters around it."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 8])
+        kernel = v1.get_variable("kernel", [8, 8])
+        limit = tf.shape(x)[0]
+        _, y = tf.while_loop(
+            lambda i, h: i < limit, lambda i, h: (i + 1, tf.matmul(h, kernel)), [tf.constant(0), x], name="loop"
+        )
+        out = tf.matmul(y, v1.get_variable("last", [8, 2]), name="out")
+    with pytest.raises(kquant.UnsupportedError, match=r"layer 'loop' \(\w*While\)"):
+        kquant.QAT_Quantizer()(graph, outputs=[out], inputs=[x])

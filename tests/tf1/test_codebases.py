@@ -91,6 +91,19 @@ def resized_like_the_input(x):
     return tf.image.resize(y, tf.shape(x)[1:3], method="nearest")
 
 
+def local_response(x):
+    """What stands behind the first convolutions of many a network before batch norm."""
+    return tf.nn.lrn(tf.nn.relu(biased(x, "a", 3)), 2, bias=1.0, alpha=0.2, beta=0.75)
+
+
+def sized_like_the_input(x):
+    """A decoder whose sizes are those of what it restores, several ops before it."""
+    y = tf.nn.relu(tf.nn.conv2d(x, weight("a", 3, 3, 3, 6), 2, "SAME") + vector("a_b", 6))
+    y = tf.nn.relu(tf.nn.conv2d(y, weight("b", 3, 3, 6, 6), 2, "SAME") + vector("b_b", 6))
+    y = tf.nn.conv2d_transpose(y, weight("c", 3, 3, 6, 6), tf.stack([tf.shape(x)[0], 4, 4, 6]), 2)
+    return tf.nn.conv2d_transpose(tf.nn.relu(y), weight("d", 3, 3, 3, 6), tf.shape(x), 2)
+
+
 def layer_norm(x):
     mean, variance = tf.nn.moments(x, [-1], keepdims=True)
     return (x - mean) * tf.math.rsqrt(variance + 1e-3) * vector("gamma", 8, 1.0) + vector("beta", 8)
@@ -116,15 +129,30 @@ def attention_by_letters(x):
     return tf.einsum("abcd,cde->abe", tf.einsum("acbe,aecd->abcd", scores, value), weight("out", 2, 4, 8))
 
 
+def attention_with_a_vector(x):
+    """Attention over words as it is written with a context vector (Yang et al. 2016)."""
+    y = tf.tanh(tf.tensordot(x, weight("a", 8, 8), 1) + vector("a_b", 8))
+    shares = tf.nn.softmax(tf.tensordot(y, vector("context", 8), 1))
+    return x * tf.expand_dims(shares, -1)
+
+
+def dilated_over_words(x):
+    y = tf.nn.relu(tf.nn.convolution(x, weight("a", 3, 8, 6), padding="SAME", dilations=[2]) + vector("a_b", 6))
+    return tf.nn.convolution(y, weight("b", 2, 6, 8), padding="VALID", dilations=[3])
+
+
 def trained_positions(x):
     return x + v1.get_variable("positions", [1, 6, 8], initializer=v1.random_normal_initializer(0, 0.3, seed=1))
 
 
 OF_IMAGES = (
     sum_of_many, stacked, resized_like_the_input, squared_difference, explicitly_padded, pixels_to_channels,
-    instance_norm, leaky_by_selection,
+    instance_norm, leaky_by_selection, local_response, sized_like_the_input,
 )  # fmt: skip
-OF_WORDS = (layer_norm, layer_norm_as_batch_norm, product_by_letters, attention_by_letters, trained_positions)
+OF_WORDS = (
+    layer_norm, layer_norm_as_batch_norm, product_by_letters, attention_by_letters, trained_positions,
+    attention_with_a_vector, dilated_over_words,
+)  # fmt: skip
 
 
 FEW_BITS = (sum_of_many, instance_norm, attention_by_letters)

@@ -61,3 +61,15 @@ def test_a_loss_changes_nothing_about_the_outputs(ending):
     expected = outputs(ending)
     losses = [loss for loss in LOSSES if loss != "by_hand" or ending in ("probabilities", "both", "best")]
     assert {loss: outputs(ending, loss) for loss in losses} == dict.fromkeys(losses, expected)
+
+
+def test_labels_that_are_made_of_the_logits_are_no_part_of_the_model():
+    """As in the loss of a generator, whose images are all to be taken for real ones."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 8])
+        logits = tf.matmul(
+            tf.nn.relu(tf.matmul(x, v1.get_variable("a", [8, 6]))), v1.get_variable("b", [6, 1]), name="o"
+        )
+        tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels=tf.ones_like(logits), logits=logits))
+    assert kquant.QAT_Quantizer()(graph).outputs == ("o",)

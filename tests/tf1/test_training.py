@@ -212,3 +212,22 @@ def test_training_goes_on_in_the_given_session():
     kernel = net.graph.get_tensor_by_name("kquant/second/conv/kernel/quantized:0")
     assert net.graph.get_operation_by_name("second/conv").inputs[1] is kernel
     assert value(session, "kquant/x/seen") == 1
+
+
+def test_a_loss_takes_no_logarithm_of_a_probability_that_was_rounded_to_zero():
+    """The first tutorial: `-sum(labels * log(softmax(logits)))`."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = v1.placeholder(tf.float32, [None, 4])
+        kernel = v1.get_variable("kernel", initializer=8 * tf.eye(4))
+        probs = tf.nn.softmax(tf.matmul(x, kernel), name="probs")
+        labels = v1.placeholder(tf.float32, [None, 4])
+        loss = -tf.reduce_mean(tf.reduce_sum(labels * tf.math.log(probs), 1))
+        kquant.QAT_Quantizer()(graph)
+        train = v1.train.GradientDescentOptimizer(0.1).minimize(loss)
+        session = v1.Session()
+        session.run(v1.global_variables_initializer())
+    rounded, found, _ = session.run(["kquant/probs/quantized:0", loss, train], {x: np.eye(4), labels: np.eye(4)})
+    assert rounded.min() == 0
+    np.testing.assert_allclose(found, np.log(1 + 3 * np.exp(-8)), rtol=0.2)  # the logits are on 8 bits
+    assert np.isfinite(session.run(kernel)).all()
