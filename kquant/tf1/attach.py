@@ -172,7 +172,10 @@ class Rewriter:
 
     def _range(self, spec: Spec) -> Range:
         decay = 1.0 if spec.naive else EMA_DECAY
-        return Range(spec, scope_of(spec.id), self.state, decay, self.model.training, self.trains)
+        # Training may read from an iterator what evaluation is fed; a checkpoint knows neither's name.
+        is_the_input = [spec.id] == list(self.read.inputs)
+        base = scope_of("model_input" if is_the_input else spec.id)
+        return Range(spec, base, self.state, decay, self.model.training, self.trains)
 
     # -- kernels --------------------------------------------------------------------------------------------------
 

@@ -296,7 +296,7 @@ def test_ranges_move_in_runs_that_train(part, on, control_flow):
         session = v1.Session()
         session.run(v1.global_variables_initializer())
         quantized = graph.get_tensor_by_name("kquant/x/quantized:0")
-        top = next(v for v in v1.global_variables() if v.op.name == "kquant/x/maximum")
+        top = next(v for v in v1.global_variables() if v.op.name == "kquant/model_input/maximum")
 
     def run(scale, flag):
         return session.run([out, quantized, top], {"x:0": scale * IMAGES, "flag:0": flag})[1:]
@@ -323,6 +323,6 @@ def test_ranges_move_in_every_run_where_an_output_needs_no_flag():
         kquant.QAT_Quantizer()(graph, outputs=[one, two])
         session = v1.Session()
         session.run(v1.global_variables_initializer())
-        top = next(v for v in v1.global_variables() if v.op.name == "kquant/Placeholder/maximum")
+        top = next(v for v in v1.global_variables() if v.op.name == "kquant/model_input/maximum")
     session.run(one, {x: np.full((4, 8), 2.0)})
     assert session.run(top) == 2.0

@@ -79,7 +79,7 @@ def test_observers_update_in_every_run_of_a_training_graph_only(training):
     net = small(training)
     kquant.QAT_Quantizer()(net.graph, X, training=training, session=net.session())
     session = net.session()
-    read = net.graph.get_operation_by_name("kquant/x/maximum/Read/ReadVariableOp").outputs[0]
+    read = net.graph.get_operation_by_name("kquant/model_input/maximum/Read/ReadVariableOp").outputs[0]
     before = session.run(read)
     assert before > 0  # calibration's range is the first value of the variable
     session.run(net.probs, {net.x: 10 * X})

@@ -235,3 +235,29 @@ def test_a_flag_that_is_fed_is_refused():
 
     with pytest.raises(kquant.ModelError, match=r"training=True.*training=False.*flag"):
         found(build)
+
+
+def test_what_an_iterator_trained_is_restored_where_a_placeholder_feeds(tmp_path):
+    def graph(x, training):
+        with x.graph.as_default():
+            y = tf.nn.relu(tf.matmul(x, v1.get_variable("a", [12, 6])))
+            tf.matmul(y, v1.get_variable("b", [6, 3]), name="out")
+            kquant.QAT_Quantizer()(x.graph, training=training)
+            session = v1.Session()
+            session.run(v1.global_variables_initializer())
+        return session
+
+    data = np.random.default_rng(0).normal(size=(64, 12)).astype(np.float32)
+    with tf.Graph().as_default():
+        batch = v1.data.make_one_shot_iterator(tf.data.Dataset.from_tensor_slices(data).batch(16)).get_next()
+        session = graph(batch, True)
+        for _ in range(4):
+            session.run("kquant/out/quantized:0")
+        v1.train.Saver().save(session, str(tmp_path / "ckpt"))
+        checked(session, tmp_path / "trained.tflite", data)
+    with tf.Graph().as_default():
+        session = graph(v1.placeholder(tf.float32, [None, 12], name="fed"), False)
+        v1.train.Saver().restore(session, str(tmp_path / "ckpt"))
+        checked(session, tmp_path / "restored.tflite", data)
+    one, two = (kquant.load_artifact(tmp_path / f"{name}.tflite")(data) for name in ("trained", "restored"))
+    np.testing.assert_array_equal(one, two)

@@ -138,12 +138,12 @@ def test_frozen_ranges_stand_still():
     kquant.QAT_Quantizer()(net.graph, X, session=net.session())
     train, session = net.train_op(), net.session()
     kquant.freeze_observers(session)
-    before = value(session, "kquant/x/maximum")
+    before = value(session, "kquant/model_input/maximum")
     session.run(train, {net.x: 5 * X, net.labels: np.zeros(len(X))})
-    assert value(session, "kquant/x/maximum") == before
+    assert value(session, "kquant/model_input/maximum") == before
     kquant.unfreeze_observers(session)
     session.run(train, {net.x: 5 * X, net.labels: np.zeros(len(X))})
-    assert value(session, "kquant/x/maximum") > before
+    assert value(session, "kquant/model_input/maximum") > before
 
 
 def test_training_clips_a_batch_to_no_less_than_two_thirds_of_its_extremes():
@@ -169,7 +169,7 @@ def test_range_moves_as_stated():
     expected = top
     for factor in (2, 3):
         expected += 0.01 * (factor * top - expected)
-    np.testing.assert_allclose(value(session, "kquant/x/maximum"), expected, rtol=1e-6)
+    np.testing.assert_allclose(value(session, "kquant/model_input/maximum"), expected, rtol=1e-6)
 
 
 def test_quantized_gradients_lie_on_their_levels():
@@ -211,7 +211,7 @@ def test_training_goes_on_in_the_given_session():
     assert losses[-1] < losses[0]
     kernel = net.graph.get_tensor_by_name("kquant/second/conv/kernel/quantized:0")
     assert net.graph.get_operation_by_name("second/conv").inputs[1] is kernel
-    assert value(session, "kquant/x/seen") == 1
+    assert value(session, "kquant/model_input/seen") == 1
 
 
 def test_a_loss_takes_no_logarithm_of_a_probability_that_was_rounded_to_zero():
