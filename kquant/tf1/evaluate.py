@@ -15,7 +15,7 @@ import tensorflow as tf
 from tensorflow.core.framework import graph_pb2, node_def_pb2
 
 from kquant.tf1 import marks
-from kquant.tf1.flags import evaluated
+from kquant.tf1.flags import decides_on_more, evaluated, is_flag
 from kquant.tf1.values import Values, variable_of
 
 BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
@@ -216,6 +216,8 @@ class Evaluator:
         for attribute in [a for a in node.attr if a.startswith("_")]:
             del node.attr[attribute]
         inputs = list(op.inputs)
+        if any(map(is_flag, op.outputs)):
+            raise decides_on_more(f"{op.name!r}, which a value of the model is computed from")
         if op.type in BATCH_NORMS and op.get_attr("is_training"):
             # In inference form, on the moving averages of its batch statistics.
             node.attr["is_training"].b = False

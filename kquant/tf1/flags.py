@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from kquant.core.errors import ModelError
 from kquant.tf1 import marks
 
 _FLAGS = ("Placeholder", "PlaceholderV2", "PlaceholderWithDefault")
@@ -21,6 +22,12 @@ _LOOPS = ("NextIteration", "Enter", "RefEnter", "RefNextIteration")
 def is_flag(tensor: Any) -> bool:
     """Whether a tensor is a flag that is fed: a single truth value."""
     return tensor.op.type in _FLAGS and tensor.dtype == tf.bool and not tensor.shape.rank
+
+
+def decides_on_more(what: str) -> ModelError:
+    """The refusal of a flag that decides on anything but batch norm and dropout."""
+    fix = "Build the graph with training=True to train it, and with training=False to evaluate it"
+    return ModelError("graph", "flags that decide on batch norm and dropout only", what, fix)
 
 
 def value_in_evaluation(predicate: Any) -> bool | None:

@@ -16,7 +16,7 @@ import tensorflow as tf
 from kquant.core.graph import Weight
 from kquant.tf1 import marks
 from kquant.tf1.evaluate import Evaluator
-from kquant.tf1.flags import evaluated, handed_on, is_handed_in, outside
+from kquant.tf1.flags import evaluated, handed_on, is_flag, is_handed_in, outside
 from kquant.tf1.values import Values, variable_of
 
 
@@ -155,10 +155,14 @@ class Matcher:
         found = self.match(chosen)
         sources = [s for s in found.sources if isinstance(s, tf.Tensor)]
         if found.kind not in ("identity", "channel_affine") or not all(is_handed_in(tensor, s) for s in sources):
-            reason = "a flag may decide on batch norm and dropout only"
-            handed = tuple(t for t in tensor.op.inputs if t.name in self.depends)
-            return Found("opaque", handed, tensor, tensor.op, {"reason": reason, "flag": True})
+            return self.of_a_flag(tensor)
         return replace(found, sources=tuple(map(outside, sources)), output=tensor)
+
+    def of_a_flag(self, tensor: Any) -> Found:
+        """A tensor on which a flag decides that is neither a batch norm nor dropout."""
+        handed = tuple(t for t in tensor.op.inputs if t.name in self.depends)
+        reason = "a flag may decide on batch norm and dropout only"
+        return Found("opaque", handed, tensor, tensor.op, {"reason": reason, "flag": True})
 
     # -- used by the handlers -------------------------------------------------------------------------------------
 
@@ -183,7 +187,7 @@ class Matcher:
         return value
 
     def variables(self, tensor: Any) -> set[str]:
-        """Names of the variable ops that a parameter depends on."""
+        """Names of the variable ops that a parameter depends on, and of flags that are fed."""
         found, todo, seen = set(), [tensor], set()
         while todo:
             t = todo.pop()
@@ -191,12 +195,19 @@ class Matcher:
                 continue
             seen.add(t.name)
             variable = variable_of(t)
-            if t.name in self.evaluator.statistics or variable is not None:
+            if is_flag(t):
+                found.add(t.op.name)
+            elif t.name in self.evaluator.statistics or variable is not None:
                 found.add(self.evaluator.statistics.get(t.name) or variable.name)
             else:
                 chosen = evaluated(t)
                 todo += list(t.op.inputs) if chosen is None else [chosen]
         return found
+
+    def is_of_a_flag(self, parameter: Any) -> bool:
+        """Whether a flag that is fed decides on a parameter, other than by a conditional."""
+        graph = self.evaluator.graph
+        return any(map(is_flag, (t for n in self.variables(parameter) for t in graph.get_operation_by_name(n).outputs)))
 
     def reader(self, tensor: Any, shape: tuple[int, ...] | None = None) -> Callable[[], np.ndarray]:
         """A function that evaluates a parameter, in its own shape or another."""

@@ -36,6 +36,8 @@ def arithmetic(m: Matcher, op: Any, index: int) -> Found | str:
             return "a quotient of two tensors has no kernel that keeps its bound; multiply by a reciprocal"
         return Found(kind, (a, b), op.outputs[0], op)
     x, parameter, first = (b, a, True) if m.is_parameter(a) else (a, b, False)
+    if m.is_of_a_flag(parameter):
+        return m.of_a_flag(op.outputs[0])
     constant = m.static(parameter) if np.prod(parameter.shape.as_list() or [1], dtype=object) == 1 else None
     if constant is not None:
         return _with_constant(m, op, kind, x, np.asarray(constant), first)

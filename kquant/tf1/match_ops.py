@@ -195,6 +195,18 @@ def slice_(m: Matcher, op: Any, index: int) -> Found | str:
     return Found("strided_slice", (x,), op.outputs[0], op, attrs)
 
 
+@matches("ReverseV2")
+def reverse(m: Matcher, op: Any, index: int) -> Found | str:
+    """Axes other than the batch from their end, as for channels in another order: a slice with a step of -1."""
+    x, axes = op.inputs[0], m.static(op.inputs[1])
+    turned = None if axes is None else {int(a) % x.shape.rank for a in np.ravel(axes)}
+    if turned is None or 0 in turned:
+        return f"a reversal of the batch axis, or of computed axes, {BATCH}"
+    whole = (None,) * x.shape.rank
+    attrs = {"begin": whole, "end": whole, "strides": tuple(-1 if i in turned else 1 for i in range(x.shape.rank))}
+    return Found("strided_slice", (x,), op.outputs[0], op, attrs)
+
+
 @matches("Split", "SplitV", "Unpack")
 def split(m: Matcher, op: Any, index: int) -> Found | str:
     """One part of a tensor that is split: a slice."""

@@ -13,7 +13,7 @@ from kquant.core.errors import ModelError
 from kquant.core.graph import Graph, Op, Tensor
 from kquant.tf1 import marks
 from kquant.tf1.evaluate import Evaluator
-from kquant.tf1.flags import is_flag
+from kquant.tf1.flags import decides_on_more, is_flag
 from kquant.tf1.graphs import GraphModel, as_model, remembered, tensor_id
 from kquant.tf1.match import Found, Matcher, caller
 from kquant.tf1.norms import batch_norm_of
@@ -154,9 +154,7 @@ class Reader:
             raise ModelError("inputs", "all data that the outputs depend on", f"no {tensor.name!r}", fix)
         found = self.matcher.match(tensor)
         if found.attrs.get("flag"):
-            what = f"{tensor.name!r}, on which a flag decides"
-            fix = "Build the graph with training=True to train it, and with training=False to evaluate it"
-            raise ModelError("graph", "flags that decide on batch norm and dropout only", what, fix)
+            raise decides_on_more(f"{tensor.name!r}, on which a flag decides")
         return found
 
     def _for_its_reader(self, found: Found) -> Found:

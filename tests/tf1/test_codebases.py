@@ -91,6 +91,11 @@ def resized_like_the_input(x):
     return tf.image.resize(y, tf.shape(x)[1:3], method="nearest")
 
 
+def channels_turned_round(x):
+    """Pixels as they come, for weights that know them in the other order."""
+    return tf.nn.relu(biased(tf.reverse(x, [-1]) - tf.constant([0.1, 0.2, 0.3]), "a", 3))
+
+
 def local_response(x):
     """What stands behind the first convolutions of many a network before batch norm."""
     return tf.nn.lrn(tf.nn.relu(biased(x, "a", 3)), 2, bias=1.0, alpha=0.2, beta=0.75)
@@ -147,7 +152,7 @@ def trained_positions(x):
 
 OF_IMAGES = (
     sum_of_many, stacked, resized_like_the_input, squared_difference, explicitly_padded, pixels_to_channels,
-    instance_norm, leaky_by_selection, local_response, sized_like_the_input,
+    instance_norm, leaky_by_selection, local_response, sized_like_the_input, channels_turned_round,
 )  # fmt: skip
 OF_WORDS = (
     layer_norm, layer_norm_as_batch_norm, product_by_letters, attention_by_letters, trained_positions,

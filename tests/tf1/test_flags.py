@@ -81,6 +81,30 @@ def test_a_flag_that_decides_on_more_is_refused(control_flow):
         kquant.QAT_Quantizer()(graph)
 
 
+def test_a_value_that_is_chosen_by_a_flag_is_refused():
+    graph = tf.Graph()
+    with graph.as_default():
+        flag = v1.placeholder(tf.bool, [], name="training")
+        y = tf.matmul(v1.placeholder(tf.float32, [None, 8]), weight("a", 8, 8)) * tf.where(flag, 2.0, 1.0)
+        tf.matmul(y, weight("b", 8, 3))
+        session = v1.Session()
+        session.run(v1.global_variables_initializer())
+    with pytest.raises(
+        kquant.ModelError, match=r"batch norm and dropout only.*training=True.*'mul:0', on which a flag"
+    ):
+        kquant.QAT_Quantizer()(graph, np.ones((4, 8), np.float32), session=session)
+
+
+def test_a_rate_of_dropout_that_is_chosen_by_a_flag():
+    graph = tf.Graph()
+    with graph.as_default():
+        flag = v1.placeholder(tf.bool, [], name="training")
+        y = tf.matmul(v1.placeholder(tf.float32, [None, 8], name="x"), weight("a", 8, 8))
+        tf.matmul(tf.nn.dropout(y, rate=tf.where(flag, 0.5, 0.0)), weight("b", 8, 3), name="out")
+    report = kquant.QAT_Quantizer()(graph)
+    assert (report.inputs, report.outputs, report.activations) == (("x",), ("out",), 3)
+
+
 # -- batch norms that a flag decides on -------------------------------------------------------------------------------
 
 
