@@ -13,6 +13,7 @@ from kquant.core.errors import ModelError
 from kquant.core.graph import Op
 from kquant.core.moving import EMA_DECAY
 from kquant.core.plan import Plan, Site, Spec
+from kquant.keras_common.copied import set_weights
 from kquant.keras_common.generation import Generation
 from kquant.keras_common.layers import Delayed
 from kquant.keras_common.named import class_of
@@ -163,7 +164,7 @@ def _copy_weights(quantized: type, layer: Any, values: list[np.ndarray], name: s
             raise ModelError(f"layer {name!r}", "finite weights", "NaN or infinity", "Repair the float model first")
     own = target.get_weights()
     # State that only the quantized layer has (a freeze flag) comes after what the float layer has.
-    target.set_weights([*values, *own[len(values) :]])
+    set_weights(target, [*values, *own[len(values) :]])
 
 
 def attach(generation: Generation, plan: Plan, model: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kquant.keras_common.copied import set_weights
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.reader import Reader
 from kquant.keras_common.subclassed import unread_weight
@@ -61,7 +62,7 @@ def twin(layer: Any, x: Any, **changes: Any) -> Any:
     """Call a copy of `layer`, with its weights, on `x`; the layer itself gets no new node."""
     copy = type(layer).from_config({**layer.get_config(), **changes})
     y = copy(x)
-    copy.set_weights(layer.get_weights())
+    set_weights(copy, layer.get_weights())
     return y
 
 
@@ -281,7 +282,7 @@ def _symbolic(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     args, kwargs = call.fill(inputs)
     copy = type(layer).from_config(layer.get_config())
     copy(*args, **kwargs)
-    copy.set_weights(layer.get_weights())
+    set_weights(copy, layer.get_weights())
     outputs = copy.call(*args, **kwargs)
     if any(y is x for y in g.tree.flatten(outputs) for x in inputs):
         return "identity"

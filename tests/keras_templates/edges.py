@@ -44,6 +44,22 @@ def test_slices_are_the_same_after_loading(tmp_path):
     assert (tmp_path / "a.tflite").read_bytes() == (tmp_path / "b.tflite").read_bytes()
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["made", "loaded"])
+def test_what_a_layer_adapted_to_is_kept(again, tmp_path):
+    """A copied layer has the weights of the other, and computes with what it makes of them."""
+    norm = layers.Normalization(name="norm")
+    norm.adapt(X * 7 + 30)
+    x = keras.Input(SHAPE, name="x")
+    model = keras.Model(x, layers.Conv2D(3, 1, name="conv")(norm(x)))
+    qmodel, _ = exported(model, X * 7 + 30, tmp_path / "a.tflite")
+    if again:
+        qmodel.save(tmp_path / "q.keras")
+        qmodel = keras.models.load_model(tmp_path / "q.keras")
+    expected, got = (m.predict(X * 7 + 30, verbose=0) for m in (model, qmodel))
+    # Three roundings to 8 bits (the input's range is wider than three deviations), whose noise adds up.
+    assert np.abs(got - expected).max() < 6 * np.ptp(expected) / 255
+
+
 # -- ids --------------------------------------------------------------------------------------------------------------
 
 
