@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import tf_keras
 from tf_keras.src.engine.keras_tensor import KerasTensor
-from tf_keras.src.layers.core.tf_op_layer import SlicingOpLambda, TFOpLambda
+from tf_keras.src.layers.core.tf_op_layer import KerasOpDispatcher, SlicingOpLambda, TFOpLambda
 
 from kquant.keras2 import symbols
 from kquant.keras2._tfmot import QuantizeLayer, QuantizeWrapper
@@ -107,6 +108,10 @@ class Keras2(Generation):
             "Pass scheme=kquant.keras2.QuantizeScheme() to quantize_apply, or hand the float model to quantize_model",
         )
 
+    def variable(self, values: np.ndarray, name: str, trainable: bool) -> Any:
+        """A new float32 variable."""
+        return tf.Variable(values, dtype=tf.float32, name=name, trainable=trainable)
+
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Without the warning that a weight of a copied layer is no weight of the function that reads it.
@@ -121,6 +126,24 @@ class Keras2(Generation):
                 yield
         finally:
             logger.setLevel(level)
+
+    @contextmanager
+    def known_sizes(self) -> Iterator[None]:
+        """While `tf.shape` of a symbolic tensor whose sizes are all known is a plain array."""
+        handle = KerasOpDispatcher.handle
+
+        def handled(dispatcher: Any, op: Any, args: tuple, kwargs: dict) -> Any:
+            x = args[0] if args else kwargs.get("input")
+            known = isinstance(x, KerasTensor) and x.shape.is_fully_defined()
+            if known and symbols.symbol_of(op) == "shape":
+                return tf.constant(x.shape.as_list(), kwargs.get("out_type") or tf.int32)
+            return handle(dispatcher, op, args, kwargs)
+
+        KerasOpDispatcher.handle = handled
+        try:
+            yield
+        finally:
+            KerasOpDispatcher.handle = handle
 
     def known_function(self, function: Any) -> str | None:
         """The name in `keras.activations` of a function of tf_keras or of TensorFlow."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 import tf_keras
+from tensorflow.python.util import tf_export
 
 from kquant.keras_common.generation import Call
 
@@ -28,10 +29,12 @@ OPS = SimpleNamespace(
     max=lambda x, axis=None, keepdims=False: tf.reduce_max(x, axis=axis, keepdims=keepdims),
     mean=lambda x, axis=None, keepdims=False: tf.reduce_mean(x, axis=axis, keepdims=keepdims),
     multiply=tf.multiply,
+    pad=lambda x, pad_width: tf.pad(x, pad_width),
     reciprocal=tf.math.reciprocal,
     reshape=tf.reshape,
     sqrt=tf.sqrt,
     sum=lambda x, axis=None, keepdims=False: tf.reduce_sum(x, axis=axis, keepdims=keepdims),
+    tile=lambda x, repeats: tf.tile(x, repeats),
     take=lambda x, indices, axis: tf.gather(x, indices, axis=axis),
     transpose=lambda x, axes: tf.transpose(x, perm=axes),
 )
@@ -72,6 +75,7 @@ REDUCE = {"input_tensor": "x", "keep_dims": "keepdims"}
 TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "__operators__.add": ("Add", BINARY),
     "__operators__.getitem": ("GetItem", {}),
+    "broadcast_to": ("BroadcastTo", {"input": "x"}),
     "cast": ("Cast", {}),
     "clip_by_value": ("Clip", {"clip_value_min": "x_min", "clip_value_max": "x_max"}),
     "concat": ("Concatenate", {"values": "xs"}),
@@ -81,11 +85,15 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "gather": ("Take", {"params": "x"}),
     "identity": ("Identity", {}),
     "image.resize": ("Resize", {"method": "interpolation"}),
+    "image.extract_patches": ("ExtractPatches", {}),
+    "linalg.l2_normalize": ("Normalize", {}),
+    "linalg.matrix_transpose": ("Swapaxes", {}),
     "linalg.matmul": ("Matmul", {"a": "x1", "b": "x2"}),
     "math.abs": ("Abs", {}),
     "math.add": ("Add", BINARY),
     "math.add_n": ("AddN", {}),
     "math.divide": ("Divide", BINARY),
+    "math.l2_normalize": ("Normalize", {}),
     "math.exp": ("Exp", {}),
     "math.maximum": ("Maximum", BINARY),
     "math.minimum": ("Minimum", BINARY),
@@ -105,6 +113,9 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "math.tanh": ("Tanh", {}),
     "math.truediv": ("Divide", BINARY),
     "nn.bias_add": ("Add", {"value": "x1", "bias": "x2"}),
+    "nn.depth_to_space": ("DepthToSpace", {}),
+    "nn.l2_normalize": ("Normalize", {}),
+    "nn.space_to_depth": ("SpaceToDepth", {}),
     "nn.gelu": ("Gelu", {}),
     "nn.relu": ("Relu", {}),
     "nn.relu6": ("Relu6", {}),
@@ -126,6 +137,12 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "where": ("Where", {"x": "x1", "y": "x2"}),
 }
 ACTIVATIONS = {"relu": "Relu", "relu6": "Relu6", "sigmoid": "Sigmoid", "tanh": "Tanh", "softmax": "Softmax"}
+
+
+def symbol_of(function: Any) -> str:
+    """The public name of a TensorFlow function, or ""."""
+    name = tf_export.get_canonical_name_for_symbol(function, api_name="tensorflow", add_prefix_to_v1_names=True)
+    return (name or "").removeprefix("compat.v1.")
 
 
 def translated(call: Call, generation: Any) -> tuple[str, dict]:
@@ -167,7 +184,15 @@ def _reduction(args: dict) -> dict:
     return {**args, "axis": axis, "keepdims": bool(args.get("keepdims"))}
 
 
+def _patches(args: dict) -> dict:
+    inner = {k: tuple(int(n) for n in args[k][1:3]) for k in ("sizes", "strides", "rates")}
+    return {**args, "size": inner["sizes"], "strides": inner["strides"], "dilation_rate": inner["rates"]}
+
+
 FIXES: dict[str, Callable[[dict], dict]] = {
+    "ExtractPatches": _patches,
+    "Normalize": lambda args: {**args, "order": 2},
+    "Swapaxes": lambda args: {**args, "axis1": -2, "axis2": -1},
     "GetItem": _key,
     "Logsumexp": _reduction,
     "Max": _reduction,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.subclassed import from_subclass, unbuilt_sequential
@@ -98,6 +99,10 @@ class Keras3(Generation):
     def is_variable(self, value: Any) -> bool:
         """Whether a value is a variable."""
         return isinstance(value, keras.Variable)
+
+    def variable(self, values: np.ndarray, name: str, trainable: bool) -> Any:
+        """A new float32 variable."""
+        return keras.Variable(values, dtype="float32", name=name, trainable=trainable)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

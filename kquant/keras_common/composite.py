@@ -15,7 +15,7 @@ import numpy as np
 from kquant.keras_common.copied import set_weights
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.reader import Reader
-from kquant.keras_common.subclassed import unread_weight
+from kquant.keras_common.subclassed import readable
 
 Expander = Callable[[Generation, Any, list[Any], Call], Any]
 EXPAND: dict[str, Expander] = {}
@@ -31,10 +31,10 @@ def expands(*names: str) -> Callable[[Expander], Expander]:
     return enter
 
 
-def expand(g: Generation, call: Call) -> Any:
-    """A layer as a functional model, or the reason why it has none."""
+def expand(g: Generation, call: Call, shapes: Sequence[tuple]) -> Any:
+    """A layer as a functional model of inputs of these shapes, or the reason why it has none."""
     layer = call.layer
-    inputs = [g.input(g.shape(t), g.dtype(t)) for t in call.inputs]
+    inputs = [g.input(shape, g.dtype(t)) for t, shape in zip(call.inputs, shapes, strict=True)]
     is_keras = getattr(g.layers, type(layer).__name__, None) is type(layer)
     expander = EXPAND.get(type(layer).__name__, _symbolic) if is_keras else _symbolic
     try:
@@ -45,12 +45,12 @@ def expand(g: Generation, call: Call) -> Any:
         return f"it cannot be read op by op ({type(error).__name__}: {first[0] if first else ''})"
     if isinstance(outputs, str):
         return outputs
-    return g.keras.Model(inputs, g.tree.flatten(outputs))
+    return outputs if isinstance(outputs, g.keras.Model) else g.keras.Model(inputs, g.tree.flatten(outputs))
 
 
 def expand_here(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
     """Expand a layer in the middle of a handler."""
-    parts = expand(r.generation, call)
+    parts = expand(r.generation, call, [r.shape(t) for t in inputs])
     if isinstance(parts, str):
         return r.unknown(layer, inputs, call, parts)
     path = "/".join((*r.scope.path, layer.name))
@@ -280,10 +280,15 @@ def _symbolic(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
         name = type(layer).__name__
         return NO_INTEGER.get(name, f"{name} has no integer form on the target") + _loops(layer)
     args, kwargs = call.fill(inputs)
-    copy = type(layer).from_config(layer.get_config())
-    copy(*args, **kwargs)
-    set_weights(copy, layer.get_weights())
-    outputs = copy.call(*args, **kwargs)
-    if any(y is x for y in g.tree.flatten(outputs) for x in inputs):
-        return "identity"
-    return unread_weight(g, copy, g.keras.Model(inputs, g.tree.flatten(outputs))) or outputs
+    try:
+        copy = type(layer).from_config(layer.get_config())
+        copy(*args, **kwargs)
+        set_weights(copy, layer.get_weights())
+    except Exception:  # a class that does not say how it is made again
+        copy = layer
+
+    def run(values: Sequence[Any]) -> Any:
+        args, kwargs = call.fill(values)
+        return copy.call(*args, **kwargs)
+
+    return readable(g, copy, run, inputs)

@@ -169,6 +169,10 @@ class Generation(abc.ABC):
         """Whether a value is a variable."""
 
     @abc.abstractmethod
+    def variable(self, values: np.ndarray, name: str, trainable: bool) -> Any:
+        """A new float32 variable."""
+
+    @abc.abstractmethod
     def known_function(self, function: Any) -> str | None:
         """The name in `keras.activations` of a function, or None for any other callable."""
 
@@ -179,6 +183,11 @@ class Generation(abc.ABC):
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """While copies of a user's layers are called on symbolic tensors, which is nothing to warn the user about."""
+        yield
+
+    @contextmanager
+    def known_sizes(self) -> Iterator[None]:
+        """While the shape of a symbolic tensor whose sizes are all known is a plain array."""
         yield
 
     def input(self, shape: tuple, dtype: str, name: str | None = None) -> Any:

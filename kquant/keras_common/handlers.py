@@ -40,6 +40,7 @@ def handlers_of(generation: Any) -> dict[type, Handler]:
         read_composed,
         read_layers,
         read_linear,
+        read_patches,
         read_products,
         read_shapes,
     )

@@ -274,8 +274,16 @@ def _pool(layer: Any, shape: tuple) -> dict:
     }
 
 
-def _spatial(layer: Any, shape: tuple) -> dict:
-    return {"axes": tuple(range(1, len(shape) - 1)), "keepdims": bool(layer.keepdims)}
+def _global_pool(kind: str) -> Callable:
+    """A reduction of all axes but the channels', wherever those are."""
+
+    def handler(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
+        axes = tuple(range(1, len(r.shape(inputs[0]))))
+        axes = axes[1:] if layer.data_format == "channels_first" else axes[:-1]
+        attrs = {"axes": axes, "keepdims": bool(layer.keepdims)}
+        return r.add(kind, layer, inputs, [call.shape], r.clone(layer), attrs=attrs)
+
+    return handler
 
 
 def _pairs(value: Any) -> list[tuple[int, int]]:
@@ -319,8 +327,8 @@ def read_average_pool(r: Reader, layer: Any, inputs: list[str], call: Call) -> l
     return _shape_op("avg_pool2d", _pool)(r, layer, inputs, call)
 
 
-LAYERS["GlobalAveragePooling1D"] = LAYERS["GlobalAveragePooling2D"] = _shape_op("mean", _spatial)
-LAYERS["GlobalMaxPooling1D"] = LAYERS["GlobalMaxPooling2D"] = _shape_op("reduce_max", _spatial)
+LAYERS["GlobalAveragePooling1D"] = LAYERS["GlobalAveragePooling2D"] = _global_pool("mean")
+LAYERS["GlobalMaxPooling1D"] = LAYERS["GlobalMaxPooling2D"] = _global_pool("reduce_max")
 LAYERS["ZeroPadding1D"] = LAYERS["ZeroPadding2D"] = _shape_op("pad", _padding)
 LAYERS["Cropping1D"] = LAYERS["Cropping2D"] = _shape_op("strided_slice", _cropping)
 LAYERS["Flatten"] = LAYERS["Reshape"] = _shape_op("reshape")

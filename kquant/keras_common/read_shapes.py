@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kquant.core.int8_spec import RESIZED
+from kquant.keras_common.concrete import stretched
 from kquant.keras_common.generation import Call
 from kquant.keras_common.read_ops import add, reads, refused, rewritten
 from kquant.keras_common.reader import Reader
@@ -207,7 +208,18 @@ def _tile(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
     rank = len(r.shape(inputs[0]))
     if len(repeats) > rank:
         return refused(r, call, inputs, "a tile that adds axes: reshape first")
+    if len(repeats) == rank and repeats[0] != 1:
+        return refused(r, call, inputs, "a repetition of the batch has no counterpart in the artifact")
     return add(r, call, inputs, "tile", {"repeats": (1,) * (rank - len(repeats)) + repeats})
+
+
+@reads("BroadcastTo")
+def _broadcast_to(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+    shape = r.shape(inputs[0])
+    if not set(inputs[1:]) <= r.asides or len(shape) != len(call.shape) or None in call.shape[1:]:
+        return refused(r, call, inputs, "broadcast_to is read where it keeps the rank, to known sizes")
+    only = dataclasses.replace(call, inputs=call.inputs[:1])
+    return rewritten(r, only, inputs[:1], lambda x: stretched(r.operations, x, call.shape))
 
 
 @reads("Take")

@@ -213,7 +213,7 @@ class Reader:
         if handler is not None:
             return handler(self, layer, inputs, call)
         if id(layer) not in self._expanded:
-            self._expanded[id(layer)] = expand(self.generation, call)
+            self._expanded[id(layer)] = expand(self.generation, call, [self.shape(t) for t in inputs])
         parts = self._expanded[id(layer)]
         if parts == "identity":
             return self.add("identity", layer, inputs, call.shapes, self.clone(layer), call=unchanged)
