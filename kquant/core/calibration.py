@@ -24,8 +24,9 @@ def batches(data: Any, graph: Graph) -> Iterator[dict[str, np.ndarray]]:
     """Feeds for a graph's inputs from what a user hands over.
 
     Args:
-        data: an array of samples; or a list or another iterable of batches, each an array, a list or tuple of inputs, a
-            dict by input name, or `(x, y[, w])`, of which x is used. It is consumed once.
+        data: an array of samples; for several inputs also a list of one array each, or a dict by input name; or a list or
+            another iterable of batches, each an array, a list or tuple of inputs, a dict by input name, or
+            `(x, y[, w])`, of which x is used. It is consumed once.
         graph: the graph to feed.
 
     Raises:
@@ -35,7 +36,7 @@ def batches(data: Any, graph: Graph) -> Iterator[dict[str, np.ndarray]]:
     if hasattr(data, "shape"):
         array = _numbers(data, "calibration data", "the samples")
         data = [array[i : i + size] for i in range(0, len(array), size)] if array.ndim else [array]
-    elif isinstance(data, Mapping):
+    elif isinstance(data, Mapping) or _is_an_array_each(data, graph):
         whole = _feeds(data, graph, "calibration batch 0")
         named = dict(zip(graph.input_names, whole.values(), strict=True))
         count = len(next(iter(named.values())))
@@ -59,6 +60,12 @@ def _batch_size(graph: Graph) -> int:
     return max(BATCH // own, 1) * own
 
 
+def _is_an_array_each(data: Any, graph: Graph) -> bool:
+    """Whether data for several inputs are one array of samples each, as `fit` takes them: no batch is a bare array."""
+    several = isinstance(data, (list, tuple)) and len(data) == len(graph.inputs) > 1
+    return several and all(hasattr(v, "shape") for v in data)
+
+
 def _feeds(batch: Any, graph: Graph, where: str) -> dict[str, np.ndarray]:
     names = graph.inputs
     # Of two inputs a pair is either the inputs or (x, y); it is (x, y) where x is itself a collection.
@@ -75,7 +82,8 @@ def _feeds(batch: Any, graph: Graph, where: str) -> dict[str, np.ndarray]:
         else:
             values = list(x) if isinstance(x, (list, tuple)) and len(x) == len(names) and len(names) > 1 else [x]
     if len(values) != len(names):
-        raise CalibrationError(where, f"{len(names)} inputs", f"{len(values)}")
+        fix = "A batch of several inputs is a list of one array each, or a dict by input name"
+        raise CalibrationError(where, f"{len(names)} inputs", f"{len(values)}", fix)
     feeds = {n: _array(v, graph, n, where) for n, v in zip(names, values, strict=True)}
     counts = {n: len(v) for n, v in feeds.items()}
     if len(set(counts.values())) > 1:

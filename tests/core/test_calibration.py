@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kquant.core.calibration import calibrate
+from kquant.core.calibration import batches, calibrate
+from kquant.core.errors import CalibrationError
 from kquant.core.graph import Graph, Op, Tensor
 
 
@@ -89,3 +90,26 @@ def test_a_mean_that_is_rounding_noise_gets_a_range_of_its_own_steps():
     graph = Graph(ops, {t: Tensor(t, (None, n)) for t, n in sizes.items()}, ("x",), ("r",), input_names=("x",))
     calibrate(graph, [np.array([[-1.5, 1.5, 0.5, -0.5]], np.float32)], "minmax")
     assert (second.low, second.high) == (-0.25, 0.25)
+
+
+# -- what is handed over ----------------------------------------------------------------------------------------------
+
+
+def two_inputs() -> Graph:
+    total = Op("c", "add", ("a", "b"), ("c",), call=lambda v, float_weights=False: [v[0] + v[1]])
+    return Graph((total,), {t: Tensor(t, (None, 3)) for t in "abc"}, ("a", "b"), ("c",), input_names=("a", "b"))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_one_array_for_each_of_several_inputs_are_samples(kind):
+    a, b = np.arange(120, dtype=np.float32).reshape(40, 3), np.zeros((40, 3), np.float32)
+    feeds = list(batches(kind([a, b]), two_inputs()))
+    np.testing.assert_array_equal(np.concatenate([f["a"] for f in feeds]), a)
+    assert {f["b"].sum() for f in feeds} == {0}
+    # Two batches of two inputs stay two batches.
+    assert len(list(batches([[a, b], (a, b)], two_inputs()))) == 2
+
+
+def test_a_batch_of_too_few_inputs_says_what_a_batch_is():
+    with pytest.raises(CalibrationError, match="list of one array each"):
+        list(batches(np.zeros((4, 3), np.float32), two_inputs()))
