@@ -24,8 +24,8 @@ def batches(data: Any, graph: Graph) -> Iterator[dict[str, np.ndarray]]:
     """Feeds for a graph's inputs from what a user hands over.
 
     Args:
-        data: an array of samples; for several inputs also a list of one array each, or a dict by input name; or a list or
-            another iterable of batches, each an array, a list or tuple of inputs, a dict by input name, or
+        data: an array of samples; for several inputs also a list of one array each, or a dict by input name; or a list
+            or another iterable of batches, each an array, a list or tuple of inputs, a dict by input name, or
             `(x, y[, w])`, of which x is used. It is consumed once.
         graph: the graph to feed.
 

@@ -17,6 +17,7 @@ from kquant.keras2 import symbols
 from kquant.keras2._tfmot import QuantizeLayer, QuantizeWrapper
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.subclassed import from_subclass, unbuilt_sequential
+from kquant.keras_common.tf_symbols import symbol_of
 from kquant.keras_common.variables import as_operations
 
 
@@ -135,7 +136,7 @@ class Keras2(Generation):
         def handled(dispatcher: Any, op: Any, args: tuple, kwargs: dict) -> Any:
             x = args[0] if args else kwargs.get("input")
             known = isinstance(x, KerasTensor) and x.shape.is_fully_defined()
-            if known and symbols.symbol_of(op) == "shape":
+            if known and symbol_of(op) == "shape":
                 return tf.constant(x.shape.as_list(), kwargs.get("out_type") or tf.int32)
             return handle(dispatcher, op, args, kwargs)
 

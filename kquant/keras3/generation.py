@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kquant.keras3.tf_functions import FUNCTIONS
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.subclassed import from_subclass, unbuilt_sequential
 from kquant.keras_common.variables import as_operations
@@ -106,8 +107,8 @@ class Keras3(Generation):
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """With `w * x` as an operation: Keras hands it to TensorFlow, which refuses its symbolic tensors."""
-        with as_operations(keras.Variable, OPERATORS, self.is_symbolic):
+        """With `w * x` and TensorFlow's functions as operations: TensorFlow refuses symbolic tensors of Keras."""
+        with as_operations(keras.Variable, OPERATORS, self.is_symbolic), FUNCTIONS.as_operations():
             yield
 
     def known_function(self, function: Any) -> str | None:

@@ -179,6 +179,19 @@ def _add_n(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> l
     return rewritten(r, call, inputs, lambda *xs: functools.reduce(r.operations.add, xs))
 
 
+@reads("SquaredDifference")
+def _squared_difference(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+    b = args["x2"]
+    if len(inputs) == 1 and r.generation.is_symbolic(b):
+        return refused(r, call, inputs, "a squared difference from a constant is read with the tensor first")
+
+    def function(*xs: Any) -> Any:
+        difference = r.operations.add(xs[0], r.operations.multiply(xs[1] if len(xs) > 1 else b, -1.0))
+        return r.operations.multiply(difference, difference)
+
+    return rewritten(r, call, inputs, function)
+
+
 # -- activations ----------------------------------------------------------------------------------------------------
 
 

@@ -90,13 +90,13 @@ def model_of(function):
     return keras.Model([x, y], result)
 
 
-def computed(model):
+def computed(model, data=DATA):
     """What the graph that is read computes in float."""
     graph, kept = front_end(model).read(model), {}
     assert [op.attrs.get("reason") for op in graph.ops if op.kind == "opaque"] == []
     walk(
         graph,
-        dict(zip(graph.inputs, DATA, strict=True)),
+        dict(zip(graph.inputs, data, strict=True)),
         lambda op, _, out: kept.update(zip(op.outputs, out, strict=True)),
     )
     return np.asarray(kept[graph.outputs[0]])

@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras_generation import IS_KERAS3, keras, layers, ops
 
 from keras_templates.bad_input import refused
+from keras_templates.composed import computed
 from keras_templates.edges import exported
 from kquant.api import quantize_model
 from kquant.core.errors import UnsupportedError
-
-if not IS_KERAS3:
-    import tensorflow as tf
 
 RNG = np.random.default_rng(4)
 LENGTH, WIDTH = 6, 4
@@ -204,3 +203,90 @@ def test_pixels_are_moved_as_the_operation_moves_them(name, tmp_path):
 def test_arithmetic_with_weights_alone_is_refused():
     x = keras.Input((LENGTH, WIDTH), name="x")
     refused(UnsupportedError, ("'own'", "raw"), quantize_model, keras.Model(x, Doubled(name="own")(x)))
+
+
+# -- TensorFlow's functions in a layer's call, which Keras 3 runs on its TensorFlow backend ----------------------------
+
+
+def _gated(x: Any) -> Any:
+    gate = tf.sigmoid(tf.reduce_mean(x, axis=1, keepdims=True))
+    return tf.nn.leaky_relu(x * gate, 0.3) + tf.abs(x) * 0.5 - tf.square(x) / 3.0
+
+
+def _cut(x: Any) -> Any:
+    first, second = tf.split(x, [2, 4], axis=1)
+    y = tf.concat([tf.nn.relu6(first), second[:, 1:], tf.zeros((tf.shape(x)[0], 1, WIDTH))], axis=1)
+    y = tf.pad(tf.expand_dims(y, -1), [[0, 0], [1, 0], [0, 0], [0, 0]])
+    return tf.reshape(tf.transpose(y, [0, 2, 1, 3]), [tf.shape(x)[0], WIDTH, -1])
+
+
+def _multiplied(x: Any) -> Any:
+    y = tf.matmul(x, x, transpose_b=True)
+    y = tf.nn.softmax(y / 8.0) + tf.einsum("bij,bkj->bik", x, x)
+    return tf.stack([y, tf.tile(y[:, :1], [1, LENGTH, 1])], axis=1)
+
+
+def _elementwise(x: Any) -> Any:
+    y = tf.math.sin(x) + tf.math.rsqrt(tf.pow(x, 2.0) + 1.0) + tf.nn.elu(x) + tf.clip_by_value(x, -1.0, 0.5)
+    return tf.maximum(y, 0.1 * y) + tf.math.squared_difference(x, tf.cast(tf.reverse(x, [1]), tf.float32))
+
+
+def _image(x: Any) -> Any:
+    y = tf.image.resize(tf.reshape(x, (-1, 3, 2, WIDTH)), (6, 4), method="nearest")
+    y = tf.nn.depth_to_space(y, 2)
+    return tf.gather(y, [0, 2, 5], axis=1) + tf.math.reduce_max(y, axis=[1, 2], keepdims=True)
+
+
+def _units(x: Any) -> Any:
+    return tf.nn.l2_normalize(tf.nn.relu(x) + 1.0, axis=-1) * tf.constant([1.0, 2.0, 0.5, -1.0])
+
+
+FUNCTIONS = (_gated, _cut, _multiplied, _elementwise, _image, _units)
+
+
+class OfTensorFlow(layers.Layer):
+    """A layer of TensorFlow's functions."""
+
+    def __init__(self, index: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.index = index
+
+    def call(self, x: Any) -> Any:
+        return FUNCTIONS[self.index](x)
+
+    def get_config(self) -> dict:
+        return {**super().get_config(), "index": self.index}
+
+
+@pytest.mark.parametrize("index", range(len(FUNCTIONS)), ids=[f.__name__ for f in FUNCTIONS])
+def test_functions_of_tensorflow_compute_what_they_do(index, tmp_path):
+    x = keras.Input((LENGTH, WIDTH), name="x")
+    model = keras.Model(x, OfTensorFlow(index, name="own")(x))
+    found, expected = computed(model, [X]), model.predict(X, verbose=0)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32 in another order
+    exported(model, X, tmp_path / "m.tflite")
+
+
+class Spectrum(layers.Layer):
+    """A function that has no counterpart."""
+
+    def call(self, x: Any) -> Any:
+        return tf.math.real(tf.signal.fft(tf.cast(x, tf.complex64)))
+
+
+def test_a_function_of_tensorflow_that_is_not_read_is_refused():
+    x = keras.Input((LENGTH, WIDTH), name="x")
+    words = ("'own'", "tf.signal.fft" if IS_KERAS3 else "cast")
+    refused(UnsupportedError, words, quantize_model, keras.Model(x, Spectrum(name="own")(x)))
+
+
+def test_tensorflow_refuses_symbolic_tensors_elsewhere():
+    """What is read of a user's code changes nothing of what Keras says of code outside of it."""
+    x = keras.Input((LENGTH, WIDTH), name="x")
+    quantize_model(keras.Model(x, OfTensorFlow(0, name="own")(x)))
+    if IS_KERAS3:
+        with pytest.raises(ValueError, match="KerasTensor"):
+            tf.nn.relu(x)
+    else:
+        assert type(tf.nn.relu(x)).__name__ == "KerasTensor"
