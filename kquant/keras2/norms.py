@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import tensorflow as tf
@@ -12,7 +14,16 @@ from kquant.keras_common.operand import OperandBase
 
 register = tf_keras.saving.register_keras_serializable(package="kquant")
 WITHOUT_AUTOCAST = {"experimental_autocast": False}
-plain = tf.autograph.experimental.do_not_convert  # nothing here branches on a tensor in Python
+
+
+def plain(call: Callable) -> Callable:
+    """A layer's call that is not converted: nothing here branches on a tensor in Python.
+
+    With its own signature, without which tf_keras would hand it every argument that it has, such as a mask.
+    """
+    converted: Any = tf.autograph.experimental.do_not_convert(call)
+    converted.__signature__ = inspect.signature(call)
+    return converted
 
 
 @register

@@ -107,9 +107,16 @@ class Keras3(Generation):
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """With `w * x` and TensorFlow's functions as operations: TensorFlow refuses symbolic tensors of Keras."""
-        with as_operations(keras.Variable, OPERATORS, self.is_symbolic), FUNCTIONS.as_operations():
-            yield
+        """With `w * x` and TensorFlow's functions as operations: TensorFlow refuses symbolic tensors of Keras.
+
+        A product with a variable is as dense as the tensor: Keras takes what does not say so for sparse.
+        """
+        keras.Variable.sparse = False
+        try:
+            with as_operations(keras.Variable, OPERATORS, self.is_symbolic), FUNCTIONS.as_operations():
+                yield
+        finally:
+            del keras.Variable.sparse
 
     def known_function(self, function: Any) -> str | None:
         """The name in `keras.activations` of a function."""

@@ -16,6 +16,7 @@ from kquant.core.plan import Plan, Site, Spec
 from kquant.keras_common.copied import set_weights
 from kquant.keras_common.generation import Generation
 from kquant.keras_common.layers import Delayed
+from kquant.keras_common.masks import warn_of_lost
 from kquant.keras_common.named import class_of
 
 
@@ -48,6 +49,7 @@ class Builder:
                 layer.calls = len(layer._inbound_nodes)
         # Losses and metrics by output name, as the training script has them.
         quantized.output_names = list(form.output_names)
+        warn_of_lost(model, form.outputs, quantized.outputs)
         return quantized
 
     def _input(self, tensor: Any) -> Any:

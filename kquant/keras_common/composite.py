@@ -6,7 +6,6 @@ the chain of mean, difference, square, mean, reciprocal root and product, with a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -224,30 +223,6 @@ def _normalized(g: Generation, x: Any, axes: tuple[int, ...], name: str = "rsqrt
     return x * g.own.ReciprocalRoot(0.0, factor=float(count), least=1e-12, name=name)(mean)
 
 
-# -- attention ------------------------------------------------------------------------------------------------------
-
-
-@expands("MultiHeadAttention")
-def _attention(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
-    bound = inspect.signature(layer.call).bind(*call.args, **call.kwargs).arguments
-    masks = [k for k in ("query_mask", "value_mask", "key_mask", "attention_mask") if bound.get(k) is not None]
-    if masks or bound.get("use_causal_mask") or bound.get("return_attention_scores"):
-        return "attention with masks or returned scores has no integer form"
-    args, kwargs = call.fill(inputs)
-    bound = inspect.signature(layer.call).bind(*args, **kwargs).arguments
-    query, value = bound["query"], bound["value"]
-    key = bound["key"] if bound.get("key") is not None else value
-    if len(query.shape) != 3 or len(layer._attention_axes) != 1:
-        return "attention must be over one axis of (batch, length, features)"
-    q = g.ops.transpose(twin(layer._query_dense, query), (0, 2, 1, 3))
-    k = g.ops.transpose(twin(layer._key_dense, key), (0, 2, 3, 1))
-    v = g.ops.transpose(twin(layer._value_dense, value), (0, 2, 1, 3))
-    scores = g.own.ScaledSoftmax(1.0 / float(layer._key_dim) ** 0.5, name="scores")(g.ops.matmul(q, k))
-    if layer._dropout:
-        scores = g.layers.Dropout(layer._dropout, name="dropout")(scores)
-    return twin(layer._output_dense, g.ops.transpose(g.ops.matmul(scores, v), (0, 2, 1, 3)))
-
-
 # -- anything else --------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +233,7 @@ def _lambda(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
 
 
 NO_INTEGER = {
+    "Masking": "it makes a mask of its input's values, and the artifact has none",
     "LSTM": "the stock int8 LSTM kernel quantizes its internal state on scales that a trained model does not have",
     "GRU": "the target has no GRU kernel",
     "SimpleRNN": "a recurrent loop has no integer kernel on the target",

@@ -37,6 +37,7 @@ def reads_own(*names: str) -> Callable[[Handler], Handler]:
 def handlers_of(generation: Any) -> dict[type, Handler]:
     """The handlers by class, for the classes that a generation has."""
     from kquant.keras_common import (  # noqa: F401  they enter their handlers
+        attention,
         read_composed,
         read_layers,
         read_linear,

@@ -222,9 +222,13 @@ class QuantizedBase(Delayed):
         """Make the variables, once the layer is built."""
         # Codes come from the float32 kernel; a mixed-precision scope would round it first.
         self.exempt(self.kernel)
+        self.supports_masking = self.layer.supports_masking
         self.add_step()
         if self.gradient_bits:  # a weight, because Keras does not save the state of its own seed generators
             self.draws = self.add_state("draws", dtype="int32")
+
+    def compute_mask(self, inputs: Any, mask: Any = None) -> Any:
+        return self.layer.compute_mask(inputs, mask)
 
     @property
     def rule(self) -> Any:

@@ -82,8 +82,6 @@ KINDS: dict[str, Callable[[Any], tuple[str, dict]]] = {
 
 
 def _why_opaque(layer: Any, kind: str) -> str | None:
-    if kind == "embedding" and layer.mask_zero:
-        return "mask_zero=True: masks have no counterpart in the artifact"
     if kind == "conv2d_transpose" and set(layer.dilation_rate) != {1}:
         return "a dilated transposed convolution has no kernel on the target"
     if getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None):

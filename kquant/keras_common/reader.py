@@ -18,6 +18,7 @@ import numpy as np
 from kquant.core.errors import ModelError, UnsupportedError
 from kquant.core.graph import Graph, Op, Tensor, Weight
 from kquant.keras_common.generation import Call, Generation, Source
+from kquant.keras_common.masks import Masks
 from kquant.keras_common.mixed import check_layer, check_model
 
 ACTIVITY_REGULARIZATION = "ActivityRegularization"
@@ -43,6 +44,7 @@ class Reader:
         self.asides: set[str] = set()
         self.gains: dict[str, Any] = {}
         self.trained: dict[int, tuple[Any, Any, Any]] = {}  # by the id of a variable: it, its use, its layer
+        self.masks = Masks(generation)
         self.scope = _Scope()
         self._ids: Counter[str] = Counter()
         self._expanded: dict[Any, Any] = {}
@@ -159,15 +161,21 @@ class Reader:
     def function(self, model: Any, inputs: Sequence[str]) -> list[str]:
         """Walk a functional model whose inputs are the given tensors; returns its output tensors."""
         known = {id(t): name for t, name in zip(model.inputs, inputs, strict=True)}
-        for call in self.generation.calls(model):
+        calls = list(self.generation.calls(model))
+        self.masks.find(calls)
+        for call in calls:
             outputs = self.call(call, [known[id(t)] for t in call.inputs])
             known.update(zip(map(id, call.outputs), outputs, strict=True))
         return [known[id(t)] for t in model.outputs]
 
     def call(self, call: Call, inputs: list[str]) -> list[str]:
         """Read one call of a layer or an operation."""
+        if self.masks.makes_one(call):
+            return [self.masks.named(self.aside(f"{call.layer.name}/mask", call), call)]
         before = len(self.ops)
+        self.masks.check(call, inputs)
         outputs = self._parts(call, inputs)
+        self.masks.note(call, inputs, outputs)
         regularizer = getattr(call.layer, "activity_regularizer", None)
         if regularizer is None or any(op.type_name == ACTIVITY_REGULARIZATION for op in self.ops[before:]):
             return outputs
@@ -230,7 +238,7 @@ class Reader:
     def _nested(self, model: Any, inputs: list[str]) -> list[str]:
         form = self._expanded.setdefault(id(model), self.generation.functional(model))
         with self.inside(model.name):
-            return self.function(form, inputs)
+            return self.function(form, inputs[: len(form.inputs)])  # a mask may come behind them
 
 
 def without_activity_regularizer(config: dict) -> dict:

@@ -58,6 +58,27 @@ def attention(x):
     return layers.MultiHeadAttention(3, 4)(x, x)
 
 
+@snippet(TOKENS, travels=MAGNIFIES)
+def attention_scores(x):
+    return list(layers.MultiHeadAttention(2, 4, dropout=0.1)(x, x, return_attention_scores=True))
+
+
+@snippet(TOKENS, travels=2 * MAGNIFIES)  # scores, which a softmax magnifies, of a tanh that is steep
+def attention_by_products(x):
+    q, v, k = layers.Dense(6)(x), layers.Dense(6)(x), layers.Dense(6)(x)
+    return [
+        layers.Attention()([q, v]), layers.Attention(use_scale=True, dropout=0.1)([q, v, k]),
+        layers.Attention(score_mode="concat", use_scale=True)([q, v, k]),
+    ]  # fmt: skip
+
+
+@snippet(TOKENS, travels=MAGNIFIES)
+def attention_by_sums(x):
+    q, v, k = layers.Dense(6)(x), layers.Dense(6)(x), layers.Dense(6)(x)
+    # Not [q, v, q]: the sum of a tensor and itself has twice its scale, and every other code lies on a tie.
+    return [layers.AdditiveAttention()([q, v]), layers.AdditiveAttention(use_scale=False)([q, v, k])]
+
+
 @snippet(TOKENS, travels=2 * MAGNIFIES)
 def transformer_block(x):
     y = layers.LayerNormalization()(x + layers.MultiHeadAttention(2, 6)(x, x))
@@ -156,6 +177,6 @@ REQUIRED_LAYERS = frozenset(
     ZeroPadding2D Cropping1D Cropping2D Reshape Flatten Permute RepeatVector Dropout SpatialDropout2D GaussianNoise
     GaussianDropout AlphaDropout RandomFlip RandomRotation RandomZoom RandomTranslation RandomContrast RandomBrightness
     LayerNormalization GroupNormalization UnitNormalization MultiHeadAttention Rescaling Normalization Lambda
-    Sequential Functional
+    Attention AdditiveAttention Sequential Functional
 """.split()
 ) | {"GetItem" if IS_KERAS3 else "SlicingOpLambda"}
