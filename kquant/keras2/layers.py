@@ -23,8 +23,10 @@ from kquant.keras2.norms import (
 from kquant.keras2.quantize_config import CONFIGS
 from kquant.keras_common.layers import FakeQuantizeBase, QuantizedBase
 from kquant.keras_common.named import NamedOutputs
+from kquant.keras_common.regularized import ActivityRegularizerBase
 
 __all__ = [
+    "ActivityRegularizer",
     "BatchNormalization",
     "ChannelAffine",
     "FakeQuantize",
@@ -45,6 +47,13 @@ class FakeQuantize(FakeQuantizeBase, tf_keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
+
+
+@register
+class ActivityRegularizer(ActivityRegularizerBase, tf_keras.layers.Layer):
+    __doc__ = ActivityRegularizerBase.__doc__
+    keras: ClassVar = tf_keras
+    call = plain(ActivityRegularizerBase.call)
 
 
 def _plain_property(name: str) -> property:

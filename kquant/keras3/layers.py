@@ -18,8 +18,10 @@ from kquant.keras3.norms import (
 )
 from kquant.keras_common.layers import FakeQuantizeBase, QuantizedBase
 from kquant.keras_common.named import NamedOutputs
+from kquant.keras_common.regularized import ActivityRegularizerBase
 
 __all__ = [
+    "ActivityRegularizer",
     "BatchNormalization",
     "ChannelAffine",
     "FakeQuantize",
@@ -109,6 +111,12 @@ class QuantizedLayer(QuantizedBase, keras.layers.Layer):
         config = dict(config)
         config["layer"] = keras.saving.deserialize_keras_object(config["layer"])
         return cls(**config)
+
+
+@register
+class ActivityRegularizer(ActivityRegularizerBase, keras.layers.Layer):
+    __doc__ = ActivityRegularizerBase.__doc__
+    keras: ClassVar = keras
 
 
 @register

@@ -14,7 +14,8 @@ from kquant.keras_common.functions import function_kind
 from kquant.keras_common.generation import Call, Source
 from kquant.keras_common.handlers import LAYERS, reads, reads_own
 from kquant.keras_common.norms import norm_affine
-from kquant.keras_common.reader import Reader, activation_name, unchanged
+from kquant.keras_common.reader import Reader, activation_name
+from kquant.keras_common.regularized import unchanged
 
 
 def not_channels_last(layer: Any) -> str | None:

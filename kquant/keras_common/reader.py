@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.errors import ModelError, UnsupportedError
+from kquant.core.errors import ModelError
 from kquant.core.graph import Graph, Op, Tensor, Weight
 from kquant.keras_common.generation import Call, Generation, Source
 from kquant.keras_common.masks import Masks
 from kquant.keras_common.mixed import check_layer, check_model
+from kquant.keras_common.regularized import regularized, unchanged
 
-ACTIVITY_REGULARIZATION = "ActivityRegularization"
 NOT_IDS = "its ids must be an input of the model that is nothing else"
 
 
@@ -176,31 +176,7 @@ class Reader:
         self.masks.check(call, inputs)
         outputs = self._parts(call, inputs)
         self.masks.note(call, inputs, outputs)
-        regularizer = getattr(call.layer, "activity_regularizer", None)
-        if regularizer is None or any(op.type_name == ACTIVITY_REGULARIZATION for op in self.ops[before:]):
-            return outputs
-        return [self._regularized(call.layer, regularizer, tensor) for tensor in outputs]
-
-    def _regularized(self, layer: Any, regularizer: Any, tensor: str) -> str:
-        """A tensor behind a layer of its own that adds the activity regularizer's loss."""
-        known = self.generation.keras.regularizers
-        if type(regularizer) not in (known.L1, known.L2, known.L1L2):
-            raise UnsupportedError(
-                f"layer {layer.name!r}",
-                "an activity regularizer of L1, L2 or L1L2",
-                type(regularizer).__name__,
-                "Add its loss in the training step, from the output of the quantized model's layer",
-            )
-        weights = {k: float(getattr(regularizer, k, 0.0)) for k in ("l1", "l2")}
-        name = f"{layer.name}_activity_regularizer"
-        kind = self.layers.ActivityRegularization
-        own = kind(**weights, name=name, dtype=layer.dtype_policy)
-
-        def build() -> Any:
-            return kind(**weights, name=name, dtype=layer.dtype_policy)
-
-        source = Source((id(layer), "activity"), build, None, _invoke_layer, name)
-        return self.add("identity", own, [tensor], [self.shape(tensor)], source, call=unchanged)[0]
+        return regularized(self, call.layer, outputs, self.ops[before:])
 
     def _parts(self, call: Call, inputs: list[str]) -> list[str]:
         """The ops of a call."""
@@ -256,11 +232,6 @@ def _trains_by_default(layer: Any) -> bool:
     """Whether `training=True` is what a call means that says nothing, as with image preprocessing."""
     training = inspect.signature(layer.call).parameters.get("training")
     return training is not None and training.default is True
-
-
-def unchanged(values: Any, float_weights: bool = False) -> list[Any]:
-    """What an identity op computes in inference; augmentation layers called alone would augment."""
-    return [values[0]]
 
 
 def _invoke_layer(layer: Any, inputs: Sequence[Any]) -> Any:

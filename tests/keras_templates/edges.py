@@ -163,10 +163,33 @@ def test_activity_regularizers_add_what_they_add_to_the_float_model(tmp_path):
         np.testing.assert_allclose(sorted(map(float, each.losses)), sorted(map(float, model.losses)), rtol=0.02)
 
 
-def test_an_activity_regularizer_of_ones_own_is_refused():
+@keras.utils.register_keras_serializable("tests")
+class FarFromOne(keras.regularizers.Regularizer):
+    """A regularizer of one's own."""
+
+    def __init__(self, factor: float = 0.1):
+        self.factor = factor
+
+    def __call__(self, x: Any) -> Any:
+        return self.factor * tf.reduce_sum(tf.abs(x - 1.0))
+
+    def get_config(self) -> dict:
+        return {"factor": self.factor}
+
+
+def test_an_activity_regularizer_of_ones_own_adds_what_it_adds_to_the_float_model(tmp_path):
     x = keras.Input(SHAPE, name="x")
-    layer = layers.Conv2D(4, 1, name="conv", activity_regularizer=lambda y: ops.sum(y))
-    refused(UnsupportedError, ("'conv'", "L1L2"), kquant.quantize_model, keras.Model(x, layer(x)))
+    y = layers.Conv2D(4, 1, name="conv", activity_regularizer=FarFromOne(0.3), activation="relu")(x)
+    model = keras.Model(x, layers.GlobalAveragePooling2D(name="mean", activity_regularizer=FarFromOne())(y))
+    qmodel, _ = exported(model, X, tmp_path / "m.tflite")
+    qmodel.save(tmp_path / "q.keras")
+    for each in (qmodel, keras.models.load_model(tmp_path / "q.keras")):
+        model(X), each(X)
+        # The sums of some hundred values, each rounded to 8 bits.
+        np.testing.assert_allclose(sorted(map(float, each.losses)), sorted(map(float, model.losses)), rtol=0.02)
+    assert len(model.losses) == 2
+    kquant.export_tflite(each, tmp_path / "b.tflite")
+    assert (tmp_path / "m.tflite").read_bytes() == (tmp_path / "b.tflite").read_bytes()
 
 
 # -- data and settings ------------------------------------------------------------------------------------------------
