@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
+
 from kquant.keras_common.composite import expands, twin
 from kquant.keras_common.generation import Call, Generation
 
@@ -30,14 +32,26 @@ def _multi_head(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any
         return MASKED
     query, value = bound["query"], bound["value"]
     key = bound["key"] if bound.get("key") is not None else value
-    if len(query.shape) != 3 or len(layer._attention_axes) != 1:
-        return "attention must be over one axis of (batch, length, features)"
-    q = g.ops.transpose(twin(layer._query_dense, query), (0, 2, 1, 3))
-    k = g.ops.transpose(twin(layer._key_dense, key), (0, 2, 3, 1))
-    v = g.ops.transpose(twin(layer._value_dense, value), (0, 2, 1, 3))
+    rank, returned = len(query.shape), bool(bound.get("return_attention_scores"))
+    if tuple(layer._attention_axes) != tuple(range(1, rank - 1)) or (rank > 3 and returned):
+        return "attention is read over all axes between the batch and the features, and its scores over one of them"
+    if rank > 3 and any(None in t.shape[1:] for t in (query, key)):
+        return "attention over several axes needs known sizes"
+    q = g.ops.transpose(_flat(g, twin(layer._query_dense, query), query), (0, 2, 1, 3))
+    k = g.ops.transpose(_flat(g, twin(layer._key_dense, key), key), (0, 2, 3, 1))
+    v = g.ops.transpose(_flat(g, twin(layer._value_dense, value), value), (0, 2, 1, 3))
     y, weights = _weighted(g, layer, g.ops.matmul(q, k), 1.0 / float(layer._key_dim) ** 0.5, v, layer._dropout)
-    y = twin(layer._output_dense, g.ops.transpose(y, (0, 2, 1, 3)))
-    return (y, weights) if bound.get("return_attention_scores") else y
+    y = g.ops.transpose(y, (0, 2, 1, 3))
+    if rank > 3:
+        y = g.ops.reshape(y, (-1, *query.shape[1:-1], *y.shape[2:]))
+    y = twin(layer._output_dense, y)
+    return (y, weights) if returned else y
+
+
+def _flat(g: Generation, x: Any, given: Any) -> Any:
+    """(batch, lengths ..., heads, size) with one length; the lengths are those of what was given."""
+    lengths = tuple(given.shape)[1:-1]
+    return x if len(lengths) == 1 else g.ops.reshape(x, (-1, int(np.prod(lengths)), *tuple(x.shape)[-2:]))
 
 
 @expands("Attention", "AdditiveAttention")

@@ -149,7 +149,7 @@ class Concrete:
         for mine, theirs in zip(flat(form(data)), flat(self.run(tensors)), strict=True):
             a, b = np.asarray(mine, np.float64), np.asarray(theirs, np.float64)
             if a.shape != b.shape or np.abs(a - b).max(initial=0.0) > NEAR * np.abs(b).max(initial=1.0):
-                raise UnreadError("what it computes from its weights alone, or across samples, is not read")
+                raise UnreadError("what it computes at random, from its weights alone, or across samples is not read")
 
 
 def stretched(ops: Any, x: Any, shape: Sequence[int]) -> Any:

@@ -11,6 +11,7 @@ from kquant.core.int8_spec import RESIZED
 from kquant.keras_common.concrete import stretched
 from kquant.keras_common.generation import Call
 from kquant.keras_common.read_ops import add, reads, refused, rewritten
+from kquant.keras_common.read_turned import indexed, turn, unstacked
 from kquant.keras_common.reader import Reader
 
 REDUCTIONS = {"Mean": "mean", "Sum": "sum", "Max": "reduce_max", "Min": "reduce_min"}
@@ -67,7 +68,7 @@ def _transpose(r: Reader, call: Call, inputs: list[str], name: str, args: dict) 
         first, second = (args["axis1"], args["axis2"]) if name == "Swapaxes" else (args["source"], args["destination"])
         perm = np.array(move(np.empty(shape), first, second).shape) - 2
     if perm[0] != 0:
-        return refused(r, call, inputs, "a transpose that moves the batch axis has no counterpart in the artifact")
+        return turn(r, call, inputs[0], tuple(int(p) for p in perm))
     return add(r, call, inputs, "transpose", {"perm": tuple(int(p) for p in perm)})
 
 
@@ -102,10 +103,12 @@ def _split(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> l
 
 @reads("GetItem")
 def _get_item(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
-    if inputs[0] in r.asides:
+    if inputs[0] in r.asides and inputs[0] not in r.turned:
         return [r.aside(f"{inputs[0]}/part", call)]
     # A model that was saved and loaded has its tuples as lists; TensorFlow takes the one for the other.
     key = tuple(args["key"]) if isinstance(args["key"], (tuple, list)) else (args["key"],)
+    if inputs[0] in r.turned:
+        return indexed(r, call, inputs[0], key)
     rank = len(r.shape(inputs[0]))
     if any(not (k is Ellipsis or k is None or isinstance(k, (int, slice, np.integer))) for k in key):
         return refused(r, call, inputs, "indexing with arrays has no integer form")
@@ -166,6 +169,8 @@ def _flip(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
 @reads("Unstack")
 def _unstack(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
     axis = args["axis"] % len(r.shape(inputs[0]))
+    if inputs[0] in r.turned:
+        return unstacked(r, call, inputs[0], axis)
     before = (slice(None),) * axis
     return rewritten(r, call, inputs, lambda x: [x[(*before, i)] for i in range(len(call.shapes))])
 

@@ -45,6 +45,7 @@ class Reader:
         self.gains: dict[str, Any] = {}
         self.trained: dict[int, tuple[Any, Any, Any]] = {}  # by the id of a variable: it, its use, its layer
         self.masks = Masks(generation)
+        self.turned: dict[str, Any] = {}  # tensors whose batch is not the first axis, of which only parts are read
         self.scope = _Scope()
         self._ids: Counter[str] = Counter()
         self._expanded: dict[Any, Any] = {}
@@ -166,13 +167,20 @@ class Reader:
         for call in calls:
             outputs = self.call(call, [known[id(t)] for t in call.inputs])
             known.update(zip(map(id, call.outputs), outputs, strict=True))
-        return [known[id(t)] for t in model.outputs]
+        return [self._whole(known[id(t)]) for t in model.outputs]
+
+    def _whole(self, tensor: str) -> str:
+        from kquant.keras_common.read_turned import whole
+
+        return whole(self, tensor)
 
     def call(self, call: Call, inputs: list[str]) -> list[str]:
         """Read one call of a layer or an operation."""
         if self.masks.makes_one(call):
             return [self.masks.named(self.aside(f"{call.layer.name}/mask", call), call)]
         before = len(self.ops)
+        if (self.generation.operation(call) or ("",))[0] not in ("GetItem", "Unstack"):
+            inputs = [self._whole(t) for t in inputs]
         self.masks.check(call, inputs)
         outputs = self._parts(call, inputs)
         self.masks.note(call, inputs, outputs)

@@ -241,7 +241,14 @@ def _units(x: Any) -> Any:
     return tf.nn.l2_normalize(tf.nn.relu(x) + 1.0, axis=-1) * tf.constant([1.0, 2.0, 0.5, -1.0])
 
 
-FUNCTIONS = (_gated, _cut, _multiplied, _elementwise, _image, _units)
+def _taken_apart(x: Any) -> Any:
+    """Queries, keys and values from one tensor, as code of image transformers has it, and a part of a part."""
+    y = tf.transpose(tf.reshape(x, (tf.shape(x)[0], 2, 3, 2, 2)), (2, 0, 3, 1, 4))
+    first, second, third = y[0], y[1, :, 1:], tf.unstack(y, axis=0)[2]
+    return tf.matmul(first, third, transpose_b=True) + tf.reduce_mean(second, axis=3, keepdims=True)
+
+
+FUNCTIONS = (_gated, _cut, _multiplied, _elementwise, _image, _units, _taken_apart)
 
 
 class OfTensorFlow(layers.Layer):
@@ -266,6 +273,18 @@ def test_functions_of_tensorflow_compute_what_they_do(index, tmp_path):
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)  # float32 in another order
     exported(model, X, tmp_path / "m.tflite")
+
+
+class BatchBehind(layers.Layer):
+    """A transpose whose result is used whole."""
+
+    def call(self, x: Any) -> Any:
+        return tf.transpose(tf.nn.relu(tf.transpose(x, (1, 0, 2))), (1, 0, 2))
+
+
+def test_a_batch_that_stays_behind_another_axis_is_refused():
+    x = keras.Input((LENGTH, WIDTH), name="x")
+    refused(UnsupportedError, ("'own'", "moves the batch"), quantize_model, keras.Model(x, BatchBehind(name="own")(x)))
 
 
 class Spectrum(layers.Layer):

@@ -58,6 +58,11 @@ def attention(x):
     return layers.MultiHeadAttention(3, 4)(x, x)
 
 
+@snippet((3, 4, 12), travels=MAGNIFIES)
+def attention_over_two_axes(x):
+    return layers.MultiHeadAttention(2, 4)(x, layers.Dense(12)(x))
+
+
 @snippet(TOKENS, travels=MAGNIFIES)
 def attention_scores(x):
     return list(layers.MultiHeadAttention(2, 4, dropout=0.1)(x, x, return_attention_scores=True))
