@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kquant.core.affine import Affine, fake_quantize, steps_below
+from kquant.core.errors import RangeError
 
 STEPS, HALF_STEPS = np.float32(1 / 255), np.float32(1 / 127)
 EVEN = np.float32(1 / 512)  # a quarter of a step, so that both ends are rounded to codes of one magnitude
@@ -93,6 +94,33 @@ def constant_codes(value: np.ndarray, name: str, bits: int = BITS) -> tuple[Affi
     affine = constant_affine(value, name, bits)
     held = on_grid(np.asarray(value, np.float32)) if bits == BITS else value
     return affine, affine.quantize(held)
+
+
+def check_limits(kind: str, value: np.ndarray, affine: Affine, name: str) -> None:
+    """Refuse a limit (of `maximum` or `minimum`) that the grid of what it limits cannot hold, where that matters.
+
+    A maximum's limit below the grid limits nothing, nor does a minimum's above it, and they may be cut off.
+
+    Args:
+        kind: of the op that has the constant operand.
+        value: float32, any shape.
+        affine: the grid.
+        name: the tensor, for the error.
+
+    Raises:
+        RangeError: a limit that would be another one in the artifact.
+    """
+    real = np.asarray(value, np.float64) / affine.scale + affine.zero_point
+    beyond = {"maximum": real > affine.qmax + 0.5, "minimum": real < affine.qmin - 0.5}.get(kind)
+    if beyond is None or not beyond.any():
+        return
+    low, high = (float(affine.dequantize(np.int32(q))) for q in (affine.qmin, affine.qmax))
+    raise RangeError(
+        f"tensor {name!r}",
+        f"limits of the {kind} within the range of what it limits, [{low:.6g}, {high:.6g}]",
+        f"{float(np.asarray(value)[beyond].flat[0]):.6g}",
+        "Where the limit is for some elements only, multiply those by 0 and add it",
+    )
 
 
 def held_constant(value: np.ndarray, name: str) -> np.ndarray:

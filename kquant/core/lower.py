@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kquant.core.affine import Affine
-from kquant.core.constants import constant_codes
+from kquant.core.constants import check_limits, constant_codes
 from kquant.core.fold import check_finite, fold
 from kquant.core.graph import Graph, Op, Shape
 from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
@@ -218,7 +218,7 @@ class Lowering:
         outputs = (stage.output, *op.outputs[1:])
         relu_max = None if stage.relu is None else stage.relu.attrs.get("max")
         made = IntOp(
-            stage.output, op.kind, tuple(self._operand_as(t, affine) for t in op.inputs), outputs, op.attrs,
+            stage.output, op.kind, tuple(self._operand_as(op.kind, t, affine) for t in op.inputs), outputs, op.attrs,
             relu=stage.relu is not None or op.kind == "relu",
             relu_max=op.attrs.get("max") if op.kind == "relu" else relu_max, parts=stage.ops,
         )  # fmt: skip
@@ -228,11 +228,12 @@ class Lowering:
         state = self.states.get(tensor)
         return None if state is None else state.affine
 
-    def _operand_as(self, tensor: str, affine: Affine) -> str:
+    def _operand_as(self, kind: str, tensor: str, affine: Affine) -> str:
         """An operand of a Shared op; a constant is written on the grid of the others."""
         value = self.graph.tensors[tensor].constant
         if value is None or value.dtype.kind != "f":
             return self._operand(tensor)
+        check_limits(kind, value, affine, tensor)
         self.tensors[tensor] = IntTensor(tensor, value.shape, affine.dtype, affine, affine.quantize(value))
         return tensor
 

@@ -25,7 +25,6 @@ OPS = SimpleNamespace(
     log=tf.math.log,
     max=lambda x, axis=None, keepdims=False: tf.reduce_max(x, axis=axis, keepdims=keepdims),
     mean=lambda x, axis=None, keepdims=False: tf.reduce_mean(x, axis=axis, keepdims=keepdims),
-    minimum=tf.minimum,
     multiply=tf.multiply,
     pad=lambda x, pad_width: tf.pad(x, pad_width),
     reciprocal=tf.math.reciprocal,

@@ -15,7 +15,6 @@ NOTHING = "attention with a mask that leaves nothing of a row has no integer for
 # What a constant mask leaves out has this score or less, where the others are seldom below -8: its weight is then below
 # e^-8 of the largest, less than a tenth of the softmax kernel's unit. A lower one would coarsen the scores' 8 bits.
 NEVER = -16.0
-ALWAYS = np.float32(2**16)  # above every range of scores
 
 
 def _kept(g: Generation, arguments: dict, sizes: tuple) -> Any:
@@ -41,7 +40,8 @@ def _weighted(
     """The softmax of the scores that are kept, and its product with the values."""
     if kept is not None:
         kept = kept if len(scores.shape) == 4 else kept[0]
-        scores = g.ops.minimum(scores, np.where(kept, ALWAYS, np.float32(NEVER / beta)))
+        scores = g.ops.multiply(scores, np.where(kept, np.float32(1), np.float32(0)))
+        scores = g.ops.add(scores, np.where(kept, np.float32(0), np.float32(NEVER / beta)))
     weights = g.own.ScaledSoftmax(beta, name="scores", dtype=layer.dtype_policy)(scores)
     dropped = g.layers.Dropout(dropout, name="dropout", dtype=layer.dtype_policy)(weights) if dropout else weights
     return g.ops.matmul(dropped, value), weights

@@ -6,11 +6,13 @@ from fractions import Fraction
 from math import floor
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kquant.core.affine import Affine, nudged
-from kquant.core.constants import constant_affine, constant_codes, held_constant, on_grid
+from kquant.core.constants import check_limits, constant_affine, constant_codes, held_constant, on_grid
+from kquant.core.errors import RangeError
 
 F32 = np.float32
 VALUES = st.lists(st.floats(-1e6, 1e6, width=32).filter(lambda v: not v or abs(v) > 1e-6), min_size=1, max_size=30)
@@ -72,3 +74,25 @@ def test_zero_just_below_half_a_step_is_rounded_exactly():
     assert nudged(low, high, 8) == (1.0, 0.0)
     assert Affine.of_range(low, high, 8).zero_point == -128
     assert nudged(F32(-0.5), F32(254.5), 8) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "held"),
+    [
+        ("minimum", -2.0, False),
+        ("minimum", 2.0, True),
+        ("maximum", 2.0, False),
+        ("maximum", -2.0, True),
+        ("minimum", -1.0, True),
+        ("maximum", 1.0, True),
+        ("concat", 2.0, True),
+    ],
+)
+def test_a_limit_that_the_grid_cannot_hold_is_refused_where_it_limits(kind, limit, held):
+    affine = Affine.of_range(-1.0, 1.0, 8, "x")
+    values = np.array([0.0, limit], np.float32)
+    if held:
+        check_limits(kind, values, affine, "limit")
+        return
+    with pytest.raises(RangeError, match=f"'limit'.*{kind}"):
+        check_limits(kind, values, affine, "limit")

@@ -101,6 +101,9 @@ def test_a_constant_mask_of_attention_goes_all_the_way(name, tmp_path):
     expected, got = (m.predict(X, verbose=0) for m in (model, qmodel))
     # Scores of 8 bits over 16 and more are off by up to 1/30, and so are the logarithms of the weights.
     assert np.abs(got - expected).max() < 0.05 * np.ptp(expected)
+    # A flipped code of the scores moves a weight by up to 1/16 of itself, and the values that it weighs by less.
+    artifact = kquant.load_artifact(tmp_path / "m.tflite")(X)
+    assert np.abs(artifact - got).max() < 0.02 * np.ptp(expected)
     # What comes later is left out: of another last value only the last result knows.
     if name != "band":
         other = X.copy()
