@@ -114,7 +114,7 @@ def check_limits(kind: str, value: np.ndarray, affine: Affine, name: str) -> Non
     beyond = {"maximum": real > affine.qmax + 0.5, "minimum": real < affine.qmin - 0.5}.get(kind)
     if beyond is None or not beyond.any():
         return
-    low, high = (float(affine.dequantize(np.int32(q))) for q in (affine.qmin, affine.qmax))
+    low, high = affine.dequantize(np.array([affine.qmin, affine.qmax], np.int32)).tolist()
     raise RangeError(
         f"tensor {name!r}",
         f"limits of the {kind} within the range of what it limits, [{low:.6g}, {high:.6g}]",
