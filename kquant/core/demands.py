@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from kquant.core.needs import Need
 from kquant.core.plan import WeightSpec
 from kquant.core.stages import Stage
 from kquant.core.target import Target
+
+FUNCTIONS = frozenset({"relu", "prelu", "elementwise", "sigmoid", "tanh", "softmax"})  # activation functions
 
 
 class Demands:
@@ -28,6 +30,7 @@ class Demands:
     def __init__(self, graph: Graph, entries: Mapping[str, Entry | None], target: Target):
         self.graph, self.entries, self.target = graph, entries, target
         self.producers = graph.producers()
+        self.consumers = graph.consumers()
         self.to_output = self._reaching_outputs()
 
     def may_fuse(self, op: Op) -> bool:
@@ -136,11 +139,48 @@ class Demands:
     def output_bits(self, stage: Stage) -> int | None:
         """Bits of the output; None or 32 for float."""
         entry = self._output_entry(stage)
+        return 8 if self.bits_behind(stage) else self._asked(entry, stage.output)
+
+    def _asked(self, entry: Entry | None, output: str) -> int | None:
+        """The output bits of an entry; those of a model output are 8 unless its op is named."""
         if entry is None:
             return None
-        if stage.output in self.to_output and entry.op_names is None and entry.output_bits not in (None, 32):
-            return 8
-        return entry.output_bits
+        ends = output in self.to_output and entry.op_names is None and entry.output_bits not in (None, 32)
+        return 8 if ends else entry.output_bits
+
+    def bits_behind(self, stage: Stage) -> int | None:
+        """The bits, fewer than 8, that apply further on, where the output is a step on the way; else None."""
+        bits = self._asked(self._output_entry(stage), stage.output)
+        return bits if bits in range(8) and self.is_inner(stage) else None
+
+    def is_inner(self, stage: Stage) -> bool:
+        """Whether the output is a step on the way to a tensor that the bits are meant for.
+
+        Bits of an output apply behind the activation function and behind the sum (Jacob et al. 2018, section 3), and
+        to what a layer gives, not to the terms of its formula. So a result that only sums and activation functions of
+        the same bits read, or only ops of its own layer that are no products, is such a step.
+        """
+        op, asked = stage.anchor, self._asked(self._output_entry(stage), stage.output)
+        readers = list(self._readers(stage.output, op.layer))
+        behind = frozenset() if stage.relu is not None or op.kind in FUNCTIONS else FUNCTIONS | {"add"}
+
+        def passes(reader: Op) -> bool:
+            if reader.layer == op.layer:
+                return not self.target.row(reader.kind).is_product
+            bits = self._asked(self.entries[reader.id], reader.outputs[0])
+            return reader.kind in behind and bits == asked
+
+        return bool(readers) and stage.output not in self.graph.outputs and all(map(passes, readers))
+
+    def _readers(self, tensor: str, layer: str) -> Iterator[Op]:
+        """The ops that read a tensor, seen through ops that act in training only and movements of data in the layer."""
+        for op, _ in self.consumers[tensor]:
+            moves = self.target.row(op.kind).placement is Placement.SHARED and op.kind not in FUNCTIONS
+            if op.kind == "identity" or (moves and op.layer == layer):
+                for output in op.outputs:
+                    yield from self._readers(output, layer)
+            else:
+                yield op
 
     def output_need(self, stage: Stage, nonneg: bool) -> Need:
         """The range of the stage's output; `nonneg` says that it is never negative."""
@@ -153,7 +193,7 @@ class Demands:
         }
         dorefa = entry is not None and entry.quantizer == "dorefa"
         activation = stage.relu is not None or stage.anchor.kind in ("relu", "elementwise", "sigmoid")
-        if dorefa and activation and nonneg and stage.output not in self.to_output:
+        if dorefa and activation and nonneg and stage.output not in self.to_output and not self.is_inner(stage):
             return Need(bits, unit=True, nonneg=True, **common)
         if row.fixed is not None and bits <= 8:
             return Need(bits, fixed=row.fixed.narrowed(bits), nonneg=row.nonneg, **common)

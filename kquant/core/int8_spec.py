@@ -78,6 +78,11 @@ class Row:
     version16: int = 0
     nonneg: bool = field(default=False)
 
+    @property
+    def is_product(self) -> bool:
+        """Whether the kernel sums products over an axis, with weights or of two tensors."""
+        return self.fuses_norm or self.kind == "batch_matmul"
+
 
 def _weighted(kind: str, target: str, version: int, options: str, **more: Any) -> Row:
     flags = {"int16": True, "fuses_norm": True, "fuses_relu": True, **more}

@@ -219,6 +219,8 @@ class Placer:
         notes = [f"fused: {fused}"] if fused else []
         notes += [f"one scale with {weight.folds_norm}"] if weight and weight.folds_norm else []
         notes += ["not quantized before the sum"] if stage.add else []
+        behind = self.demands.bits_behind(stage) if is_integer else None
+        notes += [f"{behind} bit further on"] if behind else []
         notes += [f"requantize input {i}" for (op_id, i) in edges if op_id == op.id]
         notes += [self.floats[op.id]] if op.id in self.floats else []
         kernel = (stage.row.target or "by its function") if is_integer else "float"
