@@ -105,7 +105,7 @@ def plan(
     """What `quantize_model` would do, before anything happens.
 
     Args:
-        model: a built Keras 3 model, or a TensorFlow 1 graph.
+        model: a built Keras 3 or tf_keras model, or a TensorFlow 1 graph.
         config_list: see the README; None is 8 bits everywhere.
         quantizer: the quantizer that the entries imply, or None.
         target: `"tflite"`.
@@ -113,6 +113,16 @@ def plan(
 
     Returns:
         A `Plan`; print it for a table, or call `to_dict()`.
+
+    Raises:
+        ConfigError: a bad entry of `config_list`. ModelError: the model cannot be read.
+        UnsupportedError: an entry matches a layer that has no integer form.
+
+    Example:
+        >>> import keras, kquant
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(2, name="logits")])
+        >>> [(row.layer, row.weight, row.output) for row in kquant.plan(model).rows]
+        [('logits', 'qat 8 bit', '8 bit observed')]
     """
     check_choice("target", target, TARGETS)
     graph = front_end(model).read(selected(model, inputs=inputs, outputs=outputs))
@@ -134,7 +144,7 @@ def quantize_model(
     """Quantize a float model for training.
 
     Args:
-        model: a built `keras.Model`, which is not changed; or a `tf.Graph`, which is rewritten in place.
+        model: a built Keras 3 or tf_keras model, which is not changed; or a `tf.Graph`, which is rewritten in place.
         config_list: which layers are quantized how; None is `[{"q_bits": 8, "op_types": ["default"]}]`.
         calibration_data: samples (an array) or batches (an iterable). With it the ranges are set before the first step,
             so the untrained model already has post-training-quantization accuracy.
