@@ -14,7 +14,7 @@ from kquant.core.errors import ArtifactError, ExportError
 from kquant.core.files import save
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
-from kquant.core.parity import MEAN_ERROR_LIMIT, TIE
+from kquant.core.parity import TIE
 from kquant.core.ready import check_integer
 from kquant.core.reports import ExportReport
 from kquant_torch.emit import SHIFT_OF_CODES
@@ -120,9 +120,9 @@ class OnnxFile:
         error = bias_error(op.weight.bias, unit, affine)
         return error if error > TIE else 0.0
 
-    def mean_bound(self, op: IntOp) -> float:
-        """No kernel has a bound of its own."""
-        return MEAN_ERROR_LIMIT
+    def second_rounding(self, op: IntOp) -> float:
+        """Every kernel rounds once."""
+        return 0.0
 
     def class_axis(self, rank: int) -> int:
         """The channels of an image, else the last axis."""

@@ -16,7 +16,6 @@ from kquant.core.errors import ArtifactError, ExportError
 from kquant.core.files import save
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
-from kquant.core.parity import MEAN_ERROR_LIMIT
 from kquant.core.ready import check_integer
 from kquant.core.reports import ExportReport
 from kquant_torch.audit import LEAST_TORCH
@@ -134,9 +133,9 @@ class ProgramFile:
         """A float32 bias has no unit."""
         return 0.0
 
-    def mean_bound(self, op: IntOp) -> float:
-        """No kernel has a bound of its own."""
-        return MEAN_ERROR_LIMIT
+    def second_rounding(self, op: IntOp) -> float:
+        """Every kernel rounds once."""
+        return 0.0
 
     def class_axis(self, rank: int) -> int:
         """The channels of an image, else the last axis."""

@@ -9,6 +9,7 @@ on the artifact's own inputs; 0.5 is perfect rounding, and 0.6 is what a row has
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +29,9 @@ class Placement(enum.Enum):
     OPAQUE = "opaque"  # an op that the table does not know; it can only stay float
 
 
-# Kernels that take int4 weights round twice, the second time in a shift by r bits: an error of at most 0.5 + 2^-r / 2
-# codes and, on the ties of the first rounding, a bias of at most 2^-r / 2. They are used where r >= INT4_SHIFT.
+# The runtime's own kernels, without a delegate, round twice, the second time in a shift by r bits (`second_rounding`).
+# int4 weights run on those alone, and are used where r >= INT4_SHIFT.
 INT4_SHIFT = 4
-INT4_MEAN = 2.0 ** -(INT4_SHIFT + 1)
 WEIGHTS_ONLY = "no integer kernel: its weights are quantized, its arithmetic stays float"  # of a STORED op
 RESIZED = "a resize needs a known output size; give the model a fixed input size"
 EXACT = 0.6  # the contract: 0.5 is perfect rounding, the rest is the kernel's fixed-point multiplier
@@ -180,6 +180,23 @@ NATIVE: dict[str, Native] = {
 }
 
 OPAQUE = Row("opaque", Placement.OPAQUE)
+
+
+def second_rounding(multiplier: float) -> float:
+    """What a kernel that rounds twice adds to an error of half a code: at most `2^-r / 2`, and on average as much.
+
+    Source: gemmlowp's fixed-point output stage, a rounding high multiply by a mantissa in [0.5, 1), then a rounding
+    shift by the r bits that are left. Where r is 0 or less there is no second rounding.
+
+    Args:
+        multiplier: `s_in * s_w / s_out`.
+
+    Example:
+        >>> second_rounding(0.26), second_rounding(0.5), second_rounding(0.03)
+        (0.25, 0.0, 0.015625)
+    """
+    shift = -math.frexp(multiplier)[1]
+    return 2.0 ** -(shift + 1) if shift > 0 else 0.0
 
 
 def row_of(kind: str) -> Row:

@@ -14,7 +14,7 @@ import numpy as np
 from kquant.core.errors import ArtifactError
 from kquant.core.graph import Graph, Op, walk
 from kquant.core.integer import IntegerModel, IntOp
-from kquant.core.parity import OpTally, ParityReport, snr_db
+from kquant.core.parity import MEAN_ERROR_LIMIT, TIE, OpTally, ParityReport, snr_db
 from kquant.core.target import Target
 
 
@@ -27,8 +27,8 @@ class Artifact(Protocol):
     def bias_slack(self, op: IntOp) -> float:
         """What rounding the trained bias to its unit shifts, in output codes, where a kernel's own rounding is less."""
 
-    def mean_bound(self, op: IntOp) -> float:
-        """The largest mean signed error that the op's kernel may have, in codes."""
+    def second_rounding(self, op: IntOp) -> float:
+        """What the op's kernel adds to an error of half a code by rounding once more, in codes; 0 if it rounds once."""
 
     def class_axis(self, rank: int) -> int:
         """The axis of the classes in an output of this rank."""
@@ -112,8 +112,9 @@ class Verification:
             affine = self.model.tensors[name].affine
             if affine is None:
                 continue
-            bound, slack = self.target.row(op.kind).bound, self.artifact.bias_slack(op)
-            fresh = OpTally(name, _kind(op), bound, affine, slack, self.artifact.mean_bound(op))
+            twice, slack = self.artifact.second_rounding(op), self.artifact.bias_slack(op)
+            bound = max(self.target.row(op.kind).bound, 0.5 + twice + TIE)
+            fresh = OpTally(name, _kind(op), bound, affine, slack, max(MEAN_ERROR_LIMIT, twice))
             tally = self.tallies.setdefault(name, fresh)
             real = _unquantized(last, values[tensor], inputs)
             tally.compare(raw[name], np.asarray(real))

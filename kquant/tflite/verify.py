@@ -10,16 +10,16 @@ import numpy as np
 from kquant.core.affine import bias_error
 from kquant.core.calibration import batches
 from kquant.core.files import read_bytes
-from kquant.core.int8_spec import INT4_MEAN
+from kquant.core.int8_spec import second_rounding
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.lower import lower
-from kquant.core.parity import MEAN_ERROR_LIMIT, TIE, ParityReport
+from kquant.core.parity import TIE, ParityReport
 from kquant.core.ready import check_ranges
 from kquant.core.target import TFLITE
 from kquant.core.verification import Verification, check_same
 from kquant.core.weights_only import weights_only, without_activation_quantizers
 from kquant.tflite.export import WEIGHTS_ONLY, quantized_graph
-from kquant.tflite.flatbuffer import decode
+from kquant.tflite.flatbuffer import FileTensor, decode
 from kquant.tflite.run import run_all
 from kquant.tflite.verify_weights import compare_parameters
 
@@ -71,13 +71,21 @@ class _File:
         feeds = values if len(values) > 1 else values[0]
         return run_all(self.content, feeds, where=self.where, kernels=self.kernels)
 
-    def mean_bound(self, op: IntOp) -> float:
-        kernel = self.tensors.get(f"{op.id}/kernel") or self.tensors.get(f"{op.id}/unclamped/kernel")
-        return INT4_MEAN if kernel is not None and kernel.dtype == "int4" else MEAN_ERROR_LIMIT
+    def _part(self, op: IntOp, role: str) -> FileTensor | None:
+        return self.tensors.get(f"{op.id}/{role}") or self.tensors.get(f"{op.id}/unclamped/{role}")
+
+    def second_rounding(self, op: IntOp) -> float:
+        """int4 kernels, and transposed convolutions to a size found at run time, are not the delegate's."""
+        kernel, bias, size = (self._part(op, role) for role in ("kernel", "bias", "output_shape"))
+        affine = self.model.tensors[op.outputs[0]].affine
+        undelegated = kernel is not None and (kernel.dtype == "int4" or (size is not None and size.data is None))
+        if not undelegated or bias is None or bias.scale is None or affine is None:
+            return 0.0
+        return max(second_rounding(float(unit) / float(affine.scale)) for unit in bias.scale)
 
     def bias_slack(self, op: IntOp) -> float:
         """What rounding the trained bias to its unit shifts, in output codes, where a kernel's own rounding is less."""
-        bias = self.tensors.get(f"{op.id}/bias") or self.tensors.get(f"{op.id}/unclamped/bias")
+        bias = self._part(op, "bias")
         affine = self.model.tensors[op.outputs[0]].affine
         weight = next((o.weight for o in self.model.ops if o.id in (op.id, f"{op.id}/unclamped")), None)
         if bias is None or bias.scale is None or affine is None or weight is None:
