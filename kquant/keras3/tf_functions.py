@@ -16,7 +16,8 @@ import tensorflow as tf
 from keras import ops
 
 from kquant.keras_common.concrete import UnreadError
-from kquant.keras_common.tf_symbols import TABLE, bound, symbol_of
+from kquant.keras_common.read_patches import blocks_of_pixels
+from kquant.keras_common.tf_symbols import TABLE, bound, not_taken, symbol_of
 
 # The operations whose function takes the tensor, and then these of the arguments.
 ONE: dict[str, tuple[Callable, tuple[str, ...]]] = {
@@ -34,7 +35,10 @@ ONE: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "Max": (ops.max, ("axis", "keepdims")),
     "Mean": (ops.mean, ("axis", "keepdims")),
     "Min": (ops.min, ("axis", "keepdims")),
-    "Pad": (ops.pad, ("pad_width", "mode")),
+    "Pad": (
+        lambda x, width, mode, value: ops.pad(x, width, mode, value or None),
+        ("pad_width", "mode", "constant_values"),
+    ),
     "Relu": (ops.relu, ()),
     "Relu6": (ops.relu6, ()),
     "Repeat": (ops.repeat, ("repeats", "axis")),
@@ -67,8 +71,6 @@ TWO: dict[str, Callable] = {
     "SquaredDifference": lambda a, b: ops.square(ops.subtract(a, b)),
     "Subtract": ops.subtract,
 }
-
-
 # Those of other names, and those that take more than the tensor, in the same order.
 SAME: dict[str, Callable] = {
     "math.pow": ops.power,
@@ -76,44 +78,35 @@ SAME: dict[str, Callable] = {
 }
 
 
-def _turned(x: Any, wanted: bool) -> Any:
-    return ops.swapaxes(x, -1, -2) if wanted else x
+def _product(a: Any, b: Any, *turned: bool) -> Any:
+    """`turned` are transpose_a, transpose_b, adjoint_a, adjoint_b; of real numbers both forms are the same."""
+    a = ops.swapaxes(a, -1, -2) if turned[0] or turned[2] else a
+    b = ops.swapaxes(b, -1, -2) if turned[1] or turned[3] else b
+    return ops.matmul(a, b)
 
 
-def _split(args: dict) -> Any:
-    sizes = args["num_or_size_splits"]
-    return ops.split(args["value"], sizes if np.ndim(sizes) == 0 else np.cumsum(sizes)[:-1].tolist(), args["axis"])
+def _split(x: Any, sizes: Any, axis: int) -> Any:
+    return ops.split(x, sizes if np.ndim(sizes) == 0 else np.cumsum(sizes)[:-1].tolist(), axis)
 
 
-def _unit(args: dict) -> Any:
-    return keras.layers.UnitNormalization(axis=args["axis"])(args["x"])
+def _wide(x: Any, block: int) -> Any:
+    _, height, width, channels = x.shape
+    return blocks_of_pixels(ops, x, (height, width, channels), int(block))
 
 
-def _deep(args: dict) -> Any:
-    block = int(args["block_size"])
-    return ops.image.extract_patches(args["input"], block)
-
-
-def _wide(args: dict) -> Any:
-    """Channels become blocks of pixels."""
-    block, (_, height, width, channels) = int(args["block_size"]), args["input"].shape
-    x = ops.reshape(args["input"], (-1, height, width, block, channels // block))
-    x = ops.transpose(x, (0, 1, 3, 2, 4))
-    return ops.reshape(x, (-1, height * block, width * block, channels // block**2))
-
-
-OTHER: dict[str, Callable[[dict], Any]] = {
-    "AddN": lambda a: functools.reduce(ops.add, a["inputs"]),
-    "Concatenate": lambda a: ops.concatenate(list(a["xs"]), a["axis"]),
-    "DepthToSpace": _wide,
-    "Einsum": lambda a: ops.einsum(a["subscripts"], *a["inputs"]),
-    "Matmul": lambda a: ops.matmul(_turned(a["x1"], a["transpose_a"]), _turned(a["x2"], a["transpose_b"])),
-    "Normalize": _unit,
-    "SpaceToDepth": _deep,
-    "Split": _split,
-    "Stack": lambda a: ops.stack(list(a["values"]), a["axis"]),
-    "Tensordot": lambda a: ops.tensordot(a["x1"], a["x2"], a["axes"]),
-    "Where": lambda a: ops.where(a["condition"], a["x1"], a["x2"]),
+# Those that take other arguments than a tensor first, with the names of all that they take.
+OTHER: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "AddN": (lambda xs: functools.reduce(ops.add, xs), ("inputs",)),
+    "Concatenate": (lambda xs, axis: ops.concatenate(list(xs), axis), ("xs", "axis")),
+    "DepthToSpace": (_wide, ("input", "block_size")),
+    "Einsum": (lambda equation, xs: ops.einsum(equation, *xs), ("subscripts", "inputs")),
+    "Matmul": (_product, ("x1", "x2", "transpose_a", "transpose_b", "adjoint_a", "adjoint_b")),
+    "Normalize": (lambda x, axis: keras.layers.UnitNormalization(axis=axis)(x), ("x", "axis")),
+    "SpaceToDepth": (lambda x, block: ops.image.extract_patches(x, int(block)), ("input", "block_size")),
+    "Split": (_split, ("value", "num_or_size_splits", "axis")),
+    "Stack": (lambda xs, axis: ops.stack(list(xs), axis), ("values", "axis")),
+    "Tensordot": (ops.tensordot, ("x1", "x2", "axes")),
+    "Where": (ops.where, ("condition", "x1", "x2")),
 }
 
 
@@ -141,14 +134,19 @@ def _operation(symbol: str, function: Callable, args: tuple, kwargs: dict) -> An
         given = given[: -1 if given[-1] is None else None]  # the name, where arguments come by place
         return same(*given) if same and (symbol in SAME or len(given) == 1) else NotImplemented
     name, values = bound(symbol, function, args, kwargs)
-    if name in TWO:
-        return TWO[name](values["x1"], values["x2"])
-    if name in OTHER:
-        return OTHER[name](values)
-    if name not in ONE:
+    if name in ONE:
+        call, more = ONE[name]
+        first, *_ = values
+        taken, given = (first, *more), [values[first], *(_plain(values[k]) for k in more)]
+    elif name in TWO or name in OTHER:
+        call, taken = OTHER.get(name) or (TWO[name], ("x1", "x2"))
+        given = [np.float32(v) if name in TWO and isinstance(v, (list, tuple)) else v for v in map(values.get, taken)]
+    else:
         return NotImplemented
-    call, more = ONE[name]
-    return call(next(iter(values.values())), *(_plain(values[k]) for k in more))
+    lost = not_taken(symbol, function, args, kwargs, taken)
+    if lost:
+        raise UnreadError(f"tf.{symbol} is not read with {', '.join(lost)} other than by default")
+    return call(*given)
 
 
 class Functions(tf.__internal__.dispatch.GlobalOpDispatcher):

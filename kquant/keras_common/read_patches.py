@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kquant.keras_common.generation import Call
@@ -50,13 +51,15 @@ def _depth_to_space(r: Reader, call: Call, inputs: list[str], name: str, args: d
     shape, block = r.shape(inputs[0]), int(args["block_size"])
     if None in shape[1:] or args["data_format"] != "NHWC":
         return refused(r, call, inputs, f"depth_to_space {PLACED}")
-    ops, (height, width, channels) = r.operations, shape[1:]
+    return rewritten(r, call, inputs, lambda x: blocks_of_pixels(r.operations, x, shape[1:], block))
 
-    def function(x: Any) -> Any:
-        x = ops.reshape(x, (-1, height, width, block, channels // block))
-        return ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4)), (-1, *call.shape[1:]))
 
-    return rewritten(r, call, inputs, function)
+def blocks_of_pixels(ops: Any, x: Any, shape: Sequence[int], block: int) -> Any:
+    """Channels as blocks of `block` by `block` pixels, of images of this shape (height, width, channels)."""
+    height, width, channels = shape
+    x = ops.reshape(x, (-1, height, width, block, channels // block))
+    x = ops.transpose(x, (0, 1, 3, 2, 4))
+    return ops.reshape(x, (-1, height * block, width * block, channels // block**2))
 
 
 @reads("SpaceToDepth")

@@ -58,7 +58,8 @@ def from_subclass(generation: Generation, model: Any, inputs: Sequence[tuple[tup
         raise ModelError(f"model {model.name!r}", read, fix="Use it in a layer, or in x * w, x + w or x @ w")
     if isinstance(read, generation.keras.Model):
         symbolic, read = read.inputs, generation.tree.pack_sequence_as(results[0], read.outputs)
-    return generation.keras.Model(symbolic, read, name=model.name)
+    inputs = symbolic[0] if len(symbolic) == 1 else symbolic  # Keras warns of a tensor where it expects a list
+    return generation.keras.Model(inputs, read, name=model.name)
 
 
 def readable(generation: Generation, owner: Any, run: Run, inputs: Sequence[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from tensorflow.python.util import tf_export
@@ -92,6 +92,15 @@ def bound(symbol: str, function: Callable, args: tuple, kwargs: dict) -> tuple[s
     given.apply_defaults()
     values = {renamed.get(k, k): v for k, v in given.arguments.items() if k != "name"}
     return name, FIXES.get(name, lambda values: values)(values)
+
+
+def not_taken(symbol: str, function: Callable, args: tuple, kwargs: dict, taken: Collection[str]) -> list[str]:
+    """The arguments of a call that are neither as by default nor among those `taken`, the names of the operation's."""
+    signature, renamed = inspect.signature(function), TABLE[symbol][1]
+    left = {k: v for k, v in signature.bind(*args, **kwargs).arguments.items() if renamed.get(k, k) not in taken}
+    defaults = {k: p.default for k, p in signature.parameters.items() if p.default is not p.empty and k != "name"}
+    usual = {**defaults, "data_format": "NHWC"}  # which None stands for where it is the default
+    return [k for k, v in left.items() if k in defaults and v is not None and v not in (defaults[k], usual[k])]
 
 
 # -- arguments that are written differently ----------------------------------------------------------------------------

@@ -3,59 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
+from hand_placed import DEFAULT, graph, placed, site, spec
 
 from kquant.core.affine import Affine
-from kquant.core.config import Candidate, match, parse
 from kquant.core.errors import ConfigError, UnsupportedError
-from kquant.core.graph import Graph, Op, Tensor, Weight
 from kquant.core.int8_spec import ROWS
-from kquant.core.placement import place
-from kquant.core.plan import Plan, Spec
 from kquant.core.stages import stages
-from kquant.core.target import TFLITE, Target
-
-TYPES = {
-    "conv2d": "Conv2D",
-    "dense": "Dense",
-    "relu": "ReLU",
-    "sigmoid": "Sigmoid",
-    "softmax": "Softmax",
-    "lstm": "LSTM",
-}
-DEFAULT = {"q_bits": 8, "op_types": ["default"]}
-
-
-def graph(*ops: tuple, outputs: tuple[str, ...] = ()) -> Graph:
-    """A graph from `(name, kind, inputs[, attrs])`; an op's output has its name, and `x` is the model's input."""
-    made = []
-    for name, kind, inputs, *attrs in ops:
-        weighted = kind in ROWS and ROWS[kind].weighted
-        kernel = {"kernel": Weight((3, 4), lambda: np.ones((3, 4), np.float32))} if weighted else {}
-        settings = {"kernel_axes": (0,)} if weighted else {}
-        settings |= attrs[0] if attrs else {}
-        made.append(Op(name, kind, tuple(inputs), (name,), settings, kernel, name, TYPES.get(kind, kind)))
-    tensors = {t: Tensor(t, (None, 4)) for t in ("x", *(op.id for op in made))}
-    return Graph(tuple(made), tensors, ("x",), outputs or (made[-1].id,))
-
-
-def placed(graph: Graph, *config: dict[str, Any], target: Target = TFLITE) -> Plan:
-    candidates = [Candidate(op.id, (op.layer,), op.type_name, op.kind in ROWS or op.kind == "lstm") for op in graph.ops]
-    return place(graph, match(parse(list(config) or None), candidates), target)
-
-
-def site(plan: Plan, tensor: str) -> Any:
-    """The place where a tensor is fake-quantized (the last, where there are several in a row)."""
-    found = plan.sites[tensor]
-    return found[-1] if isinstance(found, tuple) else found
-
-
-def spec(plan: Plan, tensor: str) -> Spec:
-    return plan.specs[site(plan, tensor).spec]
-
+from kquant.core.target import TFLITE
 
 TWO = (("a", "conv2d", "x"), ("b", "conv2d", "x"))
 
@@ -361,58 +318,3 @@ def test_a_range_per_tensor_takes_the_batch_norm_in(entry, normalizes, folds):
     plan = placed(net, entry)
     assert plan.weights["c"].folds_norm == folds
     assert ("one scale with n" in plan.rows[0].note) == (folds is not None)
-
-
-# -- where few bits apply ---------------------------------------------------------------------------------------------
-
-FEW = {"q_bits": {"weight": 4, "output": 4}, "op_types": ["default"]}
-GELU = {"fn": "gelu"}
-
-
-def bits(plan: Plan, tensors: str) -> list[int]:
-    return [spec(plan, t).bits for t in tensors]
-
-
-def in_layer(graph: Graph, layer: str, names: str) -> Graph:
-    """The graph with some ops made the parts of one layer."""
-    return graph.replace(ops=tuple(replace(op, layer=layer) if op.id in names else op for op in graph.ops))
-
-
-def test_few_bits_apply_behind_the_sum_and_behind_the_activation_function():
-    bypass = graph(("r", "conv2d", "x"), ("a", "conv2d", "r"), ("s", "add", "ar"), ("c", "conv2d", "s"))
-    assert bits(placed(bypass, FEW), "ras") == [4, 8, 4]
-    function = graph(("a", "conv2d", "x"), ("g", "elementwise", "a", GELU), ("c", "conv2d", "g"))
-    plan = placed(function, FEW)
-    assert bits(plan, "ag") == [8, 4]
-    assert [row.note for row in plan.rows] == ["4 bit further on", "", ""]
-
-
-def test_few_bits_apply_at_once_where_something_else_reads_the_result_too():
-    ops = (("a", "conv2d", "x"), ("g", "elementwise", "a", GELU), ("b", "conv2d", "a"), ("s", "add", "gb"))
-    assert bits(placed(graph(*ops, ("c", "conv2d", "s")), FEW), "agbs") == [4, 4, 8, 4]
-
-
-def test_an_activation_that_only_a_sum_reads_keeps_its_bits():
-    ops = (("a", "conv2d", "x"), ("r", "relu", "a", {"max": None, "fn": "relu"}), ("g", "elementwise", "x", GELU))
-    assert bits(placed(graph(*ops, ("s", "add", "rg"), ("c", "conv2d", "s")), FEW), "rgs") == [4, 4, 4]
-
-
-def test_other_bits_asked_of_the_sum_leave_each_its_own():
-    ops = graph(("a", "conv2d", "x"), ("b", "conv2d", "x"), ("s", "add", "ab"), ("c", "conv2d", "s"))
-    assert bits(placed(ops, FEW, {"q_bits": 6, "op_names": ["s"]}), "abs") == [4, 4, 6]
-    assert bits(placed(ops, {"q_bits": 4, "op_types": ["Conv2D"]}, {"q_bits": 8, "op_names": ["s"]}), "as") == [4, 8]
-
-
-def test_terms_of_a_layers_formula_have_8_bits_and_what_its_products_read_has_few():
-    chain = (("m", "mean", "x"), ("d", "sub", "xm"), ("q", "mul", "dd"), ("n", "mul", "dq"), ("c", "conv2d", "n"))
-    assert bits(placed(in_layer(graph(*chain), "norm", "mdqn"), FEW), "mdqn") == [8, 8, 8, 4]
-    assert bits(placed(graph(*chain), FEW), "mdqn") == [4, 4, 4, 4]
-    product = (("a", "dense", "x"), ("t", "transpose", "a"), ("b", "batch_matmul", "tx"), ("p", "softmax", "b"))
-    plan = placed(in_layer(graph(*product, ("o", "batch_matmul", "px"), ("c", "dense", "o")), "mha", "atbpo"), FEW)
-    assert bits(plan, "abpo") == [4, 8, 4, 4]
-
-
-def test_dorefas_unit_interval_is_not_for_terms_of_a_formula():
-    chain = (("a", "conv2d", "x"), ("e", "elementwise", "a", {"fn": "rsqrt"}), ("n", "mul", "ae"), ("c", "conv2d", "n"))
-    plan = placed(in_layer(graph(*chain), "norm", "aen"), {**FEW, "quantizer": "dorefa"})
-    assert [spec(plan, t).unit for t in "en"] == [False, False]
