@@ -34,6 +34,11 @@ Writer = Callable[["Emitter", IntOp], str]
 WRITERS: dict[str, Writer] = {}
 
 
+def unsigned(codes: np.ndarray) -> np.ndarray:
+    """int8 codes as uint8."""
+    return (np.asarray(codes).astype(np.int16) + SHIFT_OF_CODES).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Backend:
     """Whose kernels compute what needs one; anything else is moved, looked up or integer arithmetic on every backend.
@@ -114,7 +119,7 @@ class Emitter:
                 self.names[tensor] = self.fresh(tensor)
             else:
                 codes = held.constant
-                codes = self.unsigned(codes) if held.affine is not None else codes
+                codes = unsigned(codes) if held.affine is not None else codes
                 self.names[tensor] = self.array(tensor, codes)
         return self.names[tensor]
 
@@ -134,11 +139,6 @@ class Emitter:
         name = self.fresh(wanted)
         self.packed[name] = expression, kind
         return f"self.{name}"
-
-    @staticmethod
-    def unsigned(codes: np.ndarray) -> np.ndarray:
-        """int8 codes as uint8."""
-        return (codes.astype(np.int16) + SHIFT_OF_CODES).astype(np.uint8)
 
     def affine(self, tensor: str) -> Affine:
         """The quantization of a tensor."""
@@ -304,7 +304,7 @@ def _dequantize(e: Emitter, op: IntOp) -> str:
 @writes("table")
 def _table(e: Emitter, op: IntOp) -> str:
     assert op.table is not None
-    table = e.array(f"{op.id}/table", e.unsigned(op.table))
+    table = e.array(f"{op.id}/table", unsigned(op.table))
     shape = op.attrs.get("offsets")
     if shape is None:
         return e.call("lookup", e.codes(op.inputs[0]), table)

@@ -9,7 +9,7 @@ from kquant.core.fold import check_bias
 from kquant.core.integer import IntOp, IntWeight
 from kquant.core.parity import TIE
 from kquant.core.widen import gain_for_bias
-from kquant_torch.emit import Emitter, literal, writes
+from kquant_torch.emit import Emitter, literal, unsigned, writes
 
 
 def needs_clamp(e: Emitter, op: IntOp) -> bool:
@@ -114,7 +114,7 @@ def _average(e: Emitter, op: IntOp) -> str:
 
 @writes("embedding")
 def _embedding(e: Emitter, op: IntOp) -> str:
-    table = e.array(f"{op.id}/table", e.unsigned(op.attrs["constant"]))
+    table = e.array(f"{op.id}/table", unsigned(op.attrs["constant"]))
     ids = e.codes(op.inputs[0])
     found = f"torch.index_select({table}, 0, torch.reshape({ids}, [-1]))"
     return f"torch.reshape({found}, torch.add(torch.size({ids}), {literal([op.attrs['constant'].shape[1]])}))"

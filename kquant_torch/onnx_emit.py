@@ -18,7 +18,7 @@ from kquant.core.fold import check_bias
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.target import Accumulator, Target
 from kquant.core.widen import gain_for_bias
-from kquant_torch.emit import SHIFT_OF_CODES
+from kquant_torch.emit import SHIFT_OF_CODES, unsigned
 from kquant_torch.target import ONEDNN, PORTABLE
 
 OPSET = 18
@@ -157,11 +157,6 @@ class OnnxEmitter:
         kind = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         sizes = ["batch" if s is None else int(s) for s in held.shape]
         return self.onnx.helper.make_tensor_value_info(tensor, kind, sizes)
-
-
-def unsigned(codes: np.ndarray) -> np.ndarray:
-    """int8 codes as uint8."""
-    return (np.asarray(codes).astype(np.int16) + SHIFT_OF_CODES).astype(np.uint8)
 
 
 @writes("quantize")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.affine import bias_error
+from kquant.core.affine import bias_error, bias_unit
 from kquant.core.boundary import with_boundary
 from kquant.core.errors import ArtifactError, ExportError
 from kquant.core.files import save
@@ -20,7 +20,7 @@ from kquant.core.reports import ExportReport
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import BOUNDARY, check_inputs, integer_model, quantized_graph
 from kquant_torch.onnx_emit import ONNX, OPSET, OnnxEmitter, onnx_module
-from kquant_torch.run import as_codes
+from kquant_torch.run import as_codes, as_fed
 
 PRODUCER = "kquant"
 
@@ -107,7 +107,8 @@ class OnnxFile:
     def run(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Every quantized tensor by its id."""
         session = self.session(every=True)
-        feeds = {i.name: v for i, v in zip(session.get_inputs(), values, strict=True)}
+        inputs = [i.name for i in session.get_inputs()]
+        feeds = dict(zip(inputs, as_fed(values, inputs, self.model), strict=True))
         names = [o.name for o in session.get_outputs()]
         found = dict(zip(names, session.run(names, feeds), strict=True))
         return {n: as_codes(v) for n, v in {**feeds, **found}.items()}
@@ -147,6 +148,10 @@ class OnnxFile:
         codes = self.arrays[f"{op.id}/kernel"]
         if op.kind == "conv2d_transpose" and op.attrs["groups"] == 1:
             codes = codes.swapaxes(0, 1)
-        unit = self.arrays[f"{op.id}/bias/scale"].astype(np.float64)
+        scale, stated = self.arrays[f"{op.id}/kernel/scale"], self.arrays[f"{op.id}/bias/scale"]
+        source = self.model.tensors[op.inputs[0]].affine
+        unit = stated.astype(np.float64) if source is None else bias_unit(source, scale)
+        if (unit.astype(np.float32) != stated).any():  # else it states that unit, as closely as float32 can
+            unit = stated.astype(np.float64)
         bias = self.arrays[f"{op.id}/bias"] * unit
-        return Found(codes.reshape(codes.shape[0], -1).T, self.arrays[f"{op.id}/kernel/scale"], bias, unit)
+        return Found(codes.reshape(codes.shape[0], -1).T, scale, bias, unit)

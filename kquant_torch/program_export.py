@@ -22,7 +22,7 @@ from kquant_torch.audit import LEAST_TORCH
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import BOUNDARY, check_inputs, integer_model, quantized_graph
 from kquant_torch.qdq import QDQ, QuantizedProgram
-from kquant_torch.run import as_codes
+from kquant_torch.run import as_codes, as_fed
 from kquant_torch.target import ONEDNN
 
 FACTS = "kquant.json"
@@ -114,7 +114,7 @@ class ProgramFile:
 
     def run(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Every quantized tensor by its id."""
-        module = self.program.module()
+        module, values = self.program.module(), as_fed(values, self.facts["inputs"], self.model)
         kept: dict[str, np.ndarray] = {}
         wanted = {name: tensor for tensor, name in self.facts["nodes"].items()}
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from kquant.core.errors import UnsupportedError
 from kquant.core.integer import IntegerModel, IntOp
-from kquant_torch.emit import SHIFT_OF_CODES
+from kquant_torch.emit import SHIFT_OF_CODES, unsigned
 
 QDQ = torch.ops.quantized_decomposed
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -210,8 +210,3 @@ class QuantizedProgram(nn.Module):
         axis = 1 if op.kind == "conv2d_transpose" else 0
         real = QDQ.dequantize_per_channel(kernel, scale, self._part(op, "zero"), axis, -127, 127, torch.int8)
         return [real, self._part(op, "bias")]
-
-
-def unsigned(codes: np.ndarray) -> np.ndarray:
-    """int8 codes as uint8."""
-    return (np.asarray(codes).astype(np.int16) + SHIFT_OF_CODES).astype(np.uint8)

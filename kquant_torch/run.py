@@ -8,7 +8,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 
 from kquant.core.errors import ArtifactError
 from kquant.core.files import read_bytes
+from kquant.core.integer import IntegerModel
 from kquant_torch.archive import CLASS, MODULE, ROOT, Archive, decode, encode
-from kquant_torch.emit import SHIFT_OF_CODES
+from kquant_torch.emit import SHIFT_OF_CODES, unsigned
 from kquant_torch.program import Program, calls, dotted, parse
 from kquant_torch.target import QUANTIZED, TARGETS
 
@@ -122,13 +123,17 @@ class Artifact:
         return values
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
-        expected = self.facts["tensors"][self.facts["inputs"][name]]["shape"]
+        described = self.facts["tensors"][self.facts["inputs"][name]]
+        expected = described["shape"]
         where = f"{self.where}, input {name!r}"
         # Sizes may differ, as those of an image may; where they cannot, a kernel says so below.
         if tensor.ndim != len(expected):
             raise ArtifactError(where, f"{len(expected)} axes", f"shape {tuple(tensor.shape)}")
         if tensor.ndim and tensor.shape[0] == 0:
             raise ArtifactError(where, "at least one sample", f"shape {tuple(tensor.shape)}")
+        if "scale" in described and tensor.dtype != torch.uint8:
+            codes = f"clip(floor(x / {described['scale']} + 0.5) + {described['zero_point']}, 0, 255)"
+            raise ArtifactError(where, "codes of type uint8", tensor.dtype, f"Give {codes}")
         if tensor.is_floating_point() and tensor.isnan().any():
             raise ArtifactError(where, "values that are not NaN", f"{int(tensor.isnan().sum())} NaN")
 
@@ -198,6 +203,12 @@ def run_each(
     with torch.no_grad():
         made = module(*map(torch.from_numpy, inputs), layout)
     return [(m.numpy(), g) for m, g in zip(made, given, strict=True)]
+
+
+def as_fed(values: list[np.ndarray], ids: Iterable[str], model: IntegerModel) -> list[np.ndarray]:
+    """Real inputs as a file takes them: as uint8 codes where its input tensor, of that id, holds codes."""
+    grids = [model.tensors[i].affine for i in ids]
+    return [v if a is None else unsigned(a.quantize(v)) for v, a in zip(values, grids, strict=True)]
 
 
 def as_codes(value: np.ndarray) -> np.ndarray:

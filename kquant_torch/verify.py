@@ -22,7 +22,7 @@ from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import integer_model, quantized_graph
 from kquant_torch.onnx_emit import ONNX
 from kquant_torch.program import Program, array_of, calls, dotted, parse
-from kquant_torch.run import facts, run_all
+from kquant_torch.run import as_fed, facts, run_all
 from kquant_torch.target import ONEDNN, TARGETS
 
 ZIP = b"PK\x03\x04"
@@ -89,9 +89,11 @@ class _File:
 
     def __init__(self, content: bytes, where: str, model: IntegerModel, target: Target):
         self.content, self.where, self.model, self.target = content, where, model, target
+        described = facts(decode(content, where), where)
+        self.inputs = [described["tensors"][variable]["id"] for variable in described["inputs"].values()]
 
     def run(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
-        return run_all(self.content, values, self.where)
+        return run_all(self.content, as_fed(values, self.inputs, self.model), self.where)
 
     def bias_slack(self, op: IntOp) -> float:
         source, affine = (self.model.tensors[t].affine for t in (op.inputs[0], op.outputs[0]))

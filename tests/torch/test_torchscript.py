@@ -127,6 +127,28 @@ def test_uint8_at_both_ends(tmp_path, backend):
     assert kquant_torch.load_artifact(path)(images().numpy()).dtype == np.float32
 
 
+@pytest.mark.parametrize("export", ["export_torchscript", "export_onnx", "export_program"])
+def test_a_file_that_takes_codes_is_verified_on_real_values(tmp_path, export):
+    qmodel, path = exported(tmp_path)
+    whole = kquant_torch.verify(qmodel, path, images())
+    getattr(kquant_torch, export)(
+        qmodel, tmp_path / "u8", example_inputs=images(), input_type="uint8", output_type="uint8"
+    )
+    report = kquant_torch.verify(qmodel, tmp_path / "u8", images())
+    assert report.ok and 0.4 < report.max_lsb <= 0.6 and report.samples == whole.samples
+    assert len(report.ops) == len(whole.ops) - 1, "the file does not quantize its input"
+
+
+def test_a_file_that_takes_codes_refuses_real_values(tmp_path):
+    qmodel, _ = exported(tmp_path)
+    kquant_torch.export_torchscript(qmodel, tmp_path / "u8.pt", example_inputs=images(), input_type="uint8")
+    with pytest.raises(kquant_torch.ArtifactError, match="codes of type uint8") as caught:
+        kquant_torch.load_artifact(tmp_path / "u8.pt")(images())
+    formula = caught.value.fix.removeprefix("Give ")
+    codes = eval(formula, {"clip": torch.clamp, "floor": torch.floor, "x": images()}).to(torch.uint8)
+    assert kquant_torch.load_artifact(tmp_path / "u8.pt")(codes).shape[0] == images().shape[0]
+
+
 def test_the_same_model_gives_the_same_bytes_in_any_process(tmp_path):
     _, path = exported(tmp_path)
     code = (
