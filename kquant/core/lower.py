@@ -16,6 +16,7 @@ from kquant.core.fold import check_finite, fold
 from kquant.core.graph import Graph, Op, Shape
 from kquant.core.int8_spec import WEIGHTS_ONLY, Placement
 from kquant.core.integer import IntegerModel, IntOp, IntTensor, IntWeight
+from kquant.core.padding import check_filler, filler
 from kquant.core.stages import Stage, stages
 from kquant.core.tables import function_table, slope_table
 from kquant.core.target import TFLITE, Target
@@ -214,6 +215,7 @@ class Lowering:
     def _shared(self, stage: Stage) -> None:
         op = stage.anchor
         affine = next(a for a in (self._affine(t) for t in op.inputs) if a is not None)
+        check_filler(filler(op, self.consumers), affine, stage.output)
         shapes = [self._shape(t) for t in op.outputs]
         outputs = (stage.output, *op.outputs[1:])
         relu_max = None if stage.relu is None else stage.relu.attrs.get("max")

@@ -19,6 +19,7 @@ from kquant.core.errors import UnsupportedError
 from kquant.core.graph import Graph, Op
 from kquant.core.int8_spec import Placement
 from kquant.core.needs import Classes, Need
+from kquant.core.padding import filler
 from kquant.core.plan import Plan, PlanRow, Site, Spec, WeightSpec
 from kquant.core.signs import is_nonneg
 from kquant.core.stages import Stage, stages
@@ -152,9 +153,11 @@ class Placer:
         ranged = [t for t in operands if t in self.classes]
         free = [t for t in ranged if self.classes.need(t).fixed is None]
         target = (free or ranged)[0]
+        padded_with = filler(op, self.demands.consumers)
+        nonneg = padded_with is None or padded_with >= 0.0
         for output in dict.fromkeys((*op.outputs, stage.output)):
             if output not in self.classes:
-                self.classes.add(output, replace(self.classes.need(target), nonneg=True))
+                self.classes.add(output, replace(self.classes.need(target), nonneg=nonneg))
                 self.classes.join(target, output)
         for index, tensor in enumerate(operands):
             if tensor not in self.classes:
@@ -165,6 +168,8 @@ class Placer:
                 self.sites.append((("edge", op.id, index), target, True))
         if stage.row.rounds:
             self.sites.append((("tensor", stage.output), stage.output, False))
+        elif padded_with is not None:
+            self.sites.append((("tensor", stage.output), stage.output, True))
 
     # -- closing --------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ def is_nonneg(stage: Stage, nonneg: Collection[str]) -> bool:
     """
     op, row = stage.anchor, stage.row
     through = row.placement is Placement.SHARED and all(t in nonneg for t in op.inputs)
+    through = through and op.attrs.get("value", 0.0) >= 0.0  # of a padding
     own = op.attrs.get("fn") in NON_NEGATIVE or row.nonneg or op.kind == "relu" or stage.relu is not None
     square = op.kind == "mul" and len(set(op.inputs)) < len(op.inputs)
     kept = op.kind in ("add", "mul", "mean", "sum") and all(t in nonneg for t in op.inputs)

@@ -142,6 +142,8 @@ class Matcher:
             found = "its rank is not known, or it has no axes"
         else:
             found = handler(self, op, op.outputs.index(tensor))
+        if isinstance(found, Found) and found.kind != "identity" and tensor.dtype.is_integer:
+            found = f"{op.type} of integers: they are read as ids to look up, or as pixels to cast, as they come in"
         if isinstance(found, Found):
             return found
         sources = tuple(t for t in op.inputs if t.name in self.depends)

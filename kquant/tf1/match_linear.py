@@ -156,6 +156,8 @@ def look_up(m: Matcher, op: Any, index: int) -> Found | str:
     """An embedding, or a constant selection along an axis."""
     table, ids = op.inputs[:2]
     axis = 0 if op.type != "GatherV2" else int(m.static(op.inputs[2]))
+    if "batch_dims" in op.node_def.attr and op.get_attr("batch_dims"):
+        return "a look-up with batch_dims has other indices for each sample, and the target's has the same for all"
     if m.is_parameter(table) and axis == 0 and not m.is_parameter(ids):
         return weighted(m, "embedding", op, ids, Kernel(op, 0, m.value_of(table), None), {})
     indices = m.static(ids)
@@ -178,8 +180,9 @@ def with_bias(m: Matcher, op: Any, x: Any, bias: Any) -> Found | None:
         return None
     if not m.is_read_once(x, op) or found.output is not inner:
         return None
-    size = int(np.prod(bias.shape.as_list())) if bias.shape.is_fully_defined() else 0
-    if size != m.channels(x) or bias.shape[-1] != size:
+    shape = bias.shape.as_list() if bias.shape.is_fully_defined() else [0]
+    size = int(np.prod(shape))  # a number of its own is the bias of an op with one channel
+    if size != m.channels(x) or (shape and shape[-1] != size):
         return None
     return found.then(op, weights={**found.weights, "bias": m.weight(bias, (size,))})
 
