@@ -7,6 +7,7 @@ chain of mean, difference, square, mean, reciprocal root and product, with a qua
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,16 @@ def _note_origin(part: fx.Node, node: fx.Node, site: Site) -> None:
     elif site.module is not None:
         kind = type(site.module).__name__
         part.meta["of"] = (site.path or kind, kind)
+
+
+def items_taken(node: fx.Node) -> set[Any] | None:
+    """Which items of a tuple are used, by index or name; None if it is handed on as a whole."""
+    taken = {user.args[1] for user in node.users if _takes_item(user) and user.users}
+    return taken if all(map(_takes_item, node.users)) else None
+
+
+def _takes_item(user: fx.Node) -> bool:
+    return user.op == "call_function" and user.target in (operator.getitem, getattr)
 
 
 def _replace(node: fx.Node, result: Any) -> None:

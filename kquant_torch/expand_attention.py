@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
 
-from kquant_torch.expand import NEVER, Site, constant_value, expands, expands_module, is_parameter
+from kquant_torch.expand import NEVER, Site, constant_value, expands, expands_module, is_parameter, items_taken
 from kquant_torch.functions import masked_softmax, scaled_softmax
 from kquant_torch.handlers import function_name
 from kquant_torch.modes import dropout_of
@@ -135,7 +135,7 @@ def _why_not(site: Site, query: Any, padding: Any, mask: Any) -> str:
     m, axis = site.module, 0 if site.module.batch_first else 1
     if padding is not None:
         return "an attention with key_padding_mask, which follows the model's inputs, has no integer form"
-    if any(user.args[1:] != (0,) and user.users for user in site.node.users):
+    if (items_taken(site.node) or {1}) - {0}:
         return "an attention whose weights are read has no integer form; call it with need_weights=False"
     if m.bias_k is not None or m.add_zero_attn or not m._qkv_same_embed_dim:
         return "an attention with add_bias_kv, add_zero_attn, kdim or vdim has no integer form"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
 
-from kquant_torch.expand import Site, expands, expands_module, is_parameter
+from kquant_torch.expand import Site, expands, expands_module, is_parameter, items_taken
 from kquant_torch.expand_norms import affine
 from kquant_torch.handlers import function_name
 from kquant_torch.trace import Described
@@ -121,7 +121,7 @@ def _extreme(site: Site, input: Any, dim: Any = None, keepdim: bool = False, oth
     second = other if isinstance(other, fx.Proxy) else dim if isinstance(dim, fx.Proxy) else None
     if second is not None:
         return (torch.maximum if largest else torch.minimum)(input, second)
-    if not isinstance(dim, int) or any(user.args[1] not in (0, "values") for user in site.node.users):
+    if not isinstance(dim, int) or (items_taken(site.node) or {1}) - {0, "values"}:
         return None
     found = (torch.amax if largest else torch.amin)(input, dim, keepdim=keepdim)
     return {0: found, "values": found}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
 
-from kquant_torch.expand import Site, expands, expands_module, is_parameter
+from kquant_torch.expand import Site, expands, expands_module, is_parameter, items_taken
 from kquant_torch.handlers import function_name
 from kquant_torch.trace import Described
 
@@ -25,7 +24,7 @@ def _split(site: Site, input: Any, *args: Any, **kwargs: Any) -> Any:
     parts = site.node.meta["value"]
     rank, is_unbind = len(site.shape(input)), function_name(site.node) == "unbind"
     at = kwargs.get("dim", args[0 if is_unbind else 1] if len(args) > (0 if is_unbind else 1) else 0) % rank
-    if any(u.target is not operator.getitem for u in site.node.users):
+    if items_taken(site.node) is None:
         return None
     if at == 0:
         found = [_taken(site, input, i) for i in range(len(parts))] if is_unbind else [None]

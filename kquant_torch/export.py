@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from kquant_torch.archive import encode
 from kquant_torch.audit import audit_bytes
 from kquant_torch.backends import CHOICES, backend_for
 from kquant_torch.emit import Backend, Emitter
+from kquant_torch.faithful import check_export
 from kquant_torch.target import ONEDNN, PORTABLE, TARGETS
 
 OTHER_TARGET = 'Use export_torchscript with backend="onednn", or wrap the float model with target="onednn"'
@@ -95,6 +97,8 @@ def export_torchscript(
             backend than `"onednn"`, or a path that cannot be written.
         ModelError: a float model, or example inputs that do not fit it.
         RangeError: a range that the kernels cannot hold.
+        UnsupportedError: on the example inputs the model computes something else than its ops do; it has a hook that
+            changes values, for instance.
     """
     for name, value, choices in (
         ("backend", backend, tuple(CHOICES)), ("input_type", input_type, tuple(BOUNDARY)),
@@ -106,7 +110,9 @@ def export_torchscript(
     graph = quantized_graph(qmodel)
     check_inputs(graph, example_inputs)
     chosen = backend_for(backend, graph.target)
-    return write(integer_model(graph, chosen.target), chosen, path, input_type, output_type, allow_float, start)
+    model = integer_model(graph, chosen.target)
+    check_export(qmodel, graph, example_inputs)
+    return write(model, chosen, path, input_type, output_type, allow_float, start)
 
 
 def write(
@@ -133,10 +139,14 @@ def check_inputs(graph: Graph, example_inputs: Any) -> None:
     Raises:
         ModelError: naming the input.
     """
-    values = list(example_inputs.values()) if isinstance(example_inputs, dict) else example_inputs
-    values = list(values) if isinstance(values, list | tuple) else [values]
-    if len(values) != len(graph.inputs):
-        raise ModelError("example_inputs", f"{len(graph.inputs)} tensors: {list(graph.input_names)}", len(values))
+    named = isinstance(example_inputs, Mapping)
+    if named and set(example_inputs) == set(graph.input_names):
+        values = [example_inputs[name] for name in graph.input_names]
+    else:
+        values = list(example_inputs) if isinstance(example_inputs, list | tuple) else [example_inputs]
+    if len(values) != len(graph.inputs) or (named and set(example_inputs) != set(graph.input_names)):
+        received = sorted(map(str, example_inputs)) if named else len(values)
+        raise ModelError("example_inputs", f"{len(graph.inputs)} tensors: {list(graph.input_names)}", received)
     for name, value in zip(graph.inputs, values, strict=True):
         expected = graph.tensors[name]
         shape, dtype = tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", type(value).__name__))

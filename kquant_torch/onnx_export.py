@@ -19,6 +19,7 @@ from kquant.core.ready import check_integer
 from kquant.core.reports import ExportReport
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import BOUNDARY, check_inputs, integer_model, quantized_graph
+from kquant_torch.faithful import check_export
 from kquant_torch.onnx_emit import ONNX, OPSET, OnnxEmitter, onnx_module
 from kquant_torch.run import as_codes, as_fed
 
@@ -60,6 +61,7 @@ def export_onnx(
     check_inputs(graph, example_inputs)
     model = integer_model(graph, ONNX)
     check_integer(model)
+    check_export(qmodel, graph, example_inputs)
     data = OnnxEmitter(with_boundary(model, BOUNDARY[input_type], BOUNDARY[output_type])).build()
     save(data, path)
     return ExportReport(
@@ -100,9 +102,11 @@ class OnnxFile:
         options.intra_op_num_threads = 1
         return onnxruntime.InferenceSession(file.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    @staticmethod
-    def _holds_codes(value: Any) -> bool:
-        return value.type.tensor_type.elem_type == onnx_module().TensorProto.UINT8
+    def _holds_codes(self, value: Any) -> bool:
+        """Codes, or ids on their way to an embedding."""
+        held = self.model.tensors.get(value.name)
+        is_ids = held is not None and held.affine is None and held.constant is None and held.dtype != "float32"
+        return is_ids or value.type.tensor_type.elem_type == onnx_module().TensorProto.UINT8
 
     def run(self, values: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Every quantized tensor by its id."""

@@ -21,6 +21,7 @@ from kquant.core.reports import ExportReport
 from kquant_torch.audit import LEAST_TORCH
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import BOUNDARY, check_inputs, integer_model, quantized_graph
+from kquant_torch.faithful import check_export
 from kquant_torch.qdq import QDQ, QuantizedProgram
 from kquant_torch.run import as_codes, as_fed
 from kquant_torch.target import ONEDNN
@@ -63,6 +64,7 @@ def export_program(
     check_inputs(graph, example_inputs)
     model = integer_model(graph)
     check_integer(model)
+    check_export(qmodel, graph, example_inputs)
     model = with_boundary(model, BOUNDARY[input_type], BOUNDARY[output_type])
     samples = _samples(model)
     program = _traced(QuantizedProgram(model), samples)

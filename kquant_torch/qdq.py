@@ -189,6 +189,8 @@ class QuantizedProgram(nn.Module):
         if op.kind in ("table", "embedding"):
             return self._looked_up(op, self._value(op.inputs[0], values).to(torch.int64))
         real = FUNCTIONS[op.kind](op, *(self._real(t, values) for t in op.inputs), *self._weights(op))
+        if self.model.tensors[op.outputs[0]].affine is None:
+            return real  # ids
         if op.relu_max is not None:
             real = torch.clamp(real, 0.0, float(op.relu_max))
         elif op.relu and op.kind != "relu":

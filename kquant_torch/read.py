@@ -62,6 +62,7 @@ from torch import fx, nn
 from kquant.core.errors import ModelError, UnsupportedError
 from kquant.core.graph import Graph
 from kquant.core.stages import stages
+from kquant_torch.faithful import FLOAT, check_faithful
 from kquant_torch.reader import Name, Reader
 from kquant_torch.trace import Inputs, propagate, trace
 from kquant_torch.tracer import NotTraceable
@@ -84,7 +85,7 @@ class Reading:
 def read_code(model: nn.Module, example_inputs: Any = None) -> Reading:
     """Trace and read a model; what `read` returns, with the fx graph."""
     from kquant_torch.expand import expand
-    from kquant_torch.root import example_of, names_of, target_of
+    from kquant_torch.root import example_of, is_quantized, names_of, target_of
 
     if not isinstance(model, nn.Module):
         raise ModelError("model", "a torch.nn.Module", type(model).__name__)
@@ -102,6 +103,8 @@ def read_code(model: nn.Module, example_inputs: Any = None) -> Reading:
     name = type(model).__name__.removeprefix("Quantized")
     ends = tensors, tuple(outputs)
     graph = Graph(tuple(reader.ops), reader.tensors, *ends, name, tensors, output_names, target_of(model))
+    if not is_quantized(model):
+        check_faithful(model, graph, inputs.values, FLOAT)
     return Reading(_with_shared_kernels(graph), model, code, inputs, reader.names, reader.items, reader.constants)
 
 
@@ -133,7 +136,8 @@ def read(model: nn.Module, example_inputs: Any = None) -> Graph:
 
     Raises:
         ModelError: not a module, empty, or example inputs that it cannot be called on.
-        UnsupportedError: control flow that depends on values or on the mode.
+        UnsupportedError: control flow that depends on values or on the mode; a model that computes something else than
+            what was read.
     """
     try:
         return read_code(model, example_inputs).graph

@@ -176,6 +176,7 @@ def _relu6(r: Reader, node: fx.Node, module: Any, input: Any) -> Any:
     return add_relu(r, node, input, 6.0)
 
 
+_RESIZE = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
 # A module is read as the function of the same meaning, called with the module's attributes.
 AS_FUNCTION: dict[type, tuple[str, tuple[str, ...]]] = {
     nn.Hardtanh: ("hardtanh", ("min_val", "max_val")),
@@ -205,9 +206,9 @@ AS_FUNCTION: dict[type, tuple[str, tuple[str, ...]]] = {
     nn.ConstantPad3d: ("pad", ("padding", "value")),
     nn.Flatten: ("flatten", ("start_dim", "end_dim")),
     nn.Unflatten: ("unflatten", ("dim", "unflattened_size")),
-    nn.Upsample: ("interpolate", ("size", "scale_factor", "mode", "align_corners")),
-    nn.UpsamplingNearest2d: ("interpolate", ("size", "scale_factor", "mode", "align_corners")),
-    nn.UpsamplingBilinear2d: ("interpolate", ("size", "scale_factor", "mode", "align_corners")),
+    nn.Upsample: ("interpolate", _RESIZE),
+    nn.UpsamplingNearest2d: ("interpolate", _RESIZE),
+    nn.UpsamplingBilinear2d: ("interpolate", _RESIZE),
 }  # fmt: skip
 RENAMED = {nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.LeakyReLU: "leaky_relu", nn.Hardsigmoid: "hard_sigmoid"}
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from kquant.core.errors import ModelError
 from kquant.core.graph import Op, Tensor, Weight
 from kquant_torch.constants import ConstantQuantizer
-from kquant_torch.trace import Described
+from kquant_torch.trace import Described, is_record, leaves_of
 from kquant_torch.tracer import in_mode
 from kquant_torch.weights import WeightQuantizer
 
@@ -245,12 +245,16 @@ class Reader:
 
     def _outputs(self, node: fx.Node) -> list[str]:
         found = []
-        for value in pytree.tree_leaves(node.args[0]):
+        for value in leaves_of(node.args[0]):
+            if not isinstance(value, fx.Node) or not self.is_tensor(value):
+                continue  # None, a number: part of what the module gives, and no tensor of the artifact
             if not self.is_data(value):
                 raise ModelError(
                     f"model {type(self.model).__name__}", "outputs that are computed from its inputs", repr(value)
                 )
             found += [v for v in pytree.tree_leaves(self.values[value]) if v is not None]
+        if not found:
+            raise ModelError(f"model {type(self.model).__name__}", "a tensor among its outputs", str(node.args[0]))
         return found
 
     def _node(self, node: fx.Node) -> None:
@@ -259,6 +263,9 @@ class Reader:
         if not any(n in self.data for n in node.all_input_nodes):
             return
         self.data.add(node)
+        if is_record(node):
+            self.values[node] = [self.values[n] for n in node.all_input_nodes if self.is_data(n)]
+            return
         if node.op == "call_function" and node.target in (operator.getitem, getattr):
             given, key = self.values.get(node.args[0]), node.args[1]
             if not isinstance(given, str) and isinstance(key, (int, str, slice)):

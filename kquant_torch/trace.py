@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import operator
 from collections.abc import Mapping
@@ -134,6 +135,14 @@ def _as_one_call(inputs: Inputs) -> fx.Graph:
     return graph
 
 
+def is_record(node: fx.Node) -> bool:
+    """Whether a node makes a dataclass or a named tuple, in which a model gives its outputs."""
+    made = node.target
+    return node.op == "call_function" and isinstance(made, type) and (
+        dataclasses.is_dataclass(made) or hasattr(made, "_fields")
+    )  # fmt: skip
+
+
 def drop_unused(graph: fx.Graph) -> None:
     """Remove nodes whose value nobody uses; none has an effect, since nothing is overwritten any more."""
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
@@ -237,7 +246,7 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        n.meta[self.key] = pytree.tree_map(_described, value)
+        n.meta[self.key] = pytree.tree_map(_described, leaves_of(value) if is_record(n) else value)
         return value
 
     def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
@@ -247,6 +256,22 @@ class _Recorder(fx.Interpreter):
         if target in DROPOUTS:
             return args[0]
         return super().call_function(target, args, kwargs)
+
+
+def leaves_of(value: Any) -> list[Any]:
+    """All leaves of what a model gives: of tuples, lists and dicts, and of dataclasses in the order of fields."""
+    found: list[Any] = []
+    for leaf in pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += leaves_of([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+        else:
+            found.append(leaf)
+    return found
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """All tensors of what a model gives, in its order."""
+    return [leaf for leaf in leaves_of(value) if isinstance(leaf, torch.Tensor)]
 
 
 class Described:

@@ -214,7 +214,10 @@ class Lowering:
 
     def _shared(self, stage: Stage) -> None:
         op = stage.anchor
-        affine = next(a for a in (self._affine(t) for t in op.inputs) if a is not None)
+        affine = next((a for a in map(self._affine, op.inputs) if a is not None), None)
+        if affine is None:
+            self._ids(op)
+            return
         check_filler(filler(op, self.consumers), affine, stage.output)
         shapes = [self._shape(t) for t in op.outputs]
         outputs = (stage.output, *op.outputs[1:])
@@ -225,6 +228,13 @@ class Lowering:
             relu_max=op.attrs.get("max") if op.kind == "relu" else relu_max, parts=stage.ops,
         )  # fmt: skip
         self._clamped(made, affine, shapes, True)
+
+    def _ids(self, op: Op) -> None:
+        """An op that moves ids, which have no grid."""
+        self.ops.append(IntOp(op.id, op.kind, op.inputs, op.outputs, op.attrs, parts=(op,)))
+        for tensor in op.outputs:
+            self.tensors[tensor] = IntTensor(tensor, self._shape(tensor), self.graph.tensors[tensor].dtype)
+            self.states[tensor] = _State(tensor)
 
     def _affine(self, tensor: str) -> Affine | None:
         state = self.states.get(tensor)

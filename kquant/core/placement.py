@@ -151,6 +151,8 @@ class Placer:
         op = stage.anchor
         operands = [self._operand(op, i) for i in range(len(op.inputs))]
         ranged = [t for t in operands if t in self.classes]
+        if not ranged:
+            return  # ids, which have no grid
         free = [t for t in ranged if self.classes.need(t).fixed is None]
         target = (free or ranged)[0]
         padded_with = filler(op, self.demands.consumers)
