@@ -6,7 +6,9 @@ chain of mean, difference, square, mean, reciprocal root and product, with a qua
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +24,9 @@ from kquant_torch.trace import Described, Inputs, drop_unused, propagate
 
 Expander = Callable[..., Any]
 NEVER = -1e4  # what is added to a score to leave it out: minus infinity, or a number as people write instead
+FAMILIES = ("arithmetic", "attention", "layers", "norms", "pools", "resize", "select", "shapes", "transformer")
 MODULES: dict[type, Expander] = {}
-FUNCTIONS: dict[str, Expander] = {}
+FUNCTIONS: dict[str, list[Expander]] = {}
 
 
 class Site:
@@ -94,10 +97,11 @@ def expands_module(*classes: type) -> Callable[[Expander], Expander]:
 
 
 def expands(*names: str) -> Callable[[Expander], Expander]:
-    """Enter an expander for functions and methods by name."""
+    """Enter an expander for functions and methods by name; the first that does not give None counts."""
 
     def enter(expander: Expander) -> Expander:
-        FUNCTIONS.update(dict.fromkeys(names, expander))
+        for name in names:
+            FUNCTIONS.setdefault(name, []).append(expander)
         return expander
 
     return enter
@@ -105,7 +109,7 @@ def expands(*names: str) -> Callable[[Expander], Expander]:
 
 def load_expanders() -> None:
     """Import the modules that enter their expanders, which need this one."""
-    for name in ("attention", "layers", "norms", "pools", "select", "shapes", "transformer"):
+    for name in FAMILIES:
         importlib.import_module(f"kquant_torch.expand_{name}")
 
 
@@ -120,8 +124,8 @@ def expand(model: nn.Module, code: fx.Graph, inputs: Inputs) -> None:
 
 
 def _expand_node(model: nn.Module, node: fx.Node) -> bool:
-    expander = None if node._erased else _expander(model, node)
-    if expander is None or not isinstance(node.meta.get("value"), (Described, tuple, list)):
+    expanders = [] if node._erased else _expanders(model, node)
+    if not expanders or not isinstance(node.meta.get("value"), (Described, tuple, list)):
         return False
     if any("value" not in n.meta for n in node.all_input_nodes):
         return False  # it follows another composite; its turn comes when that one's parts have shapes
@@ -129,13 +133,11 @@ def _expand_node(model: nn.Module, node: fx.Node) -> bool:
     site = Site(model, node, tracer)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: fx.Proxy(n, tracer))
     previous = node.prev
-    with node.graph.inserting_before(node):
-        try:
-            result = expander(site, *args, **kwargs)
-            if result is None and node.op == "call_module" and not site.path:
-                result = _as_function(site, args, kwargs)
-        except TypeError:
-            result = None
+    result = None
+    with node.graph.inserting_before(node), contextlib.suppress(TypeError):
+        result = next((r for e in expanders if (r := _tried(e, site, args, kwargs)) is not None), None)
+        if result is None and node.op == "call_module" and not site.path:
+            result = _as_function(site, args, kwargs)
     if result is None:
         return False
     last = node.prev
@@ -146,12 +148,20 @@ def _expand_node(model: nn.Module, node: fx.Node) -> bool:
     return True
 
 
-def _expander(model: nn.Module, node: fx.Node) -> Expander | None:
+def _tried(expander: Expander, site: Site, args: Any, kwargs: Any) -> Any:
+    """What an expander gives; None for arguments that it does not know, which the reader then refuses by name."""
+    try:
+        inspect.signature(expander).bind(site, *args, **kwargs)
+    except TypeError:
+        return None
+    return expander(site, *args, **kwargs)
+
+
+def _expanders(model: nn.Module, node: fx.Node) -> list[Expander]:
     if node.op == "call_module":
-        return MODULES.get(type(model.get_submodule(str(node.target))))
-    if node.op in ("call_function", "call_method"):
-        return FUNCTIONS.get(function_name(node))
-    return None
+        found = MODULES.get(type(model.get_submodule(str(node.target))))
+        return [] if found is None else [found]
+    return FUNCTIONS.get(function_name(node), []) if node.op in ("call_function", "call_method") else []
 
 
 def _as_function(site: Site, args: Any, kwargs: Any) -> Any:
@@ -191,12 +201,23 @@ def _replace(node: fx.Node, result: Any) -> None:
         node.replace_all_uses_with(result.node)
     else:
         for user in list(node.users):
-            item = result[user.args[1]]
-            if item is not None:
-                user.replace_all_uses_with(item.node)
+            if _takes_item(user):
+                _put(user, _bare(result[user.args[1]]))
                 node.graph.erase_node(user)
+            else:
+                _put(node, tuple(map(_bare, result)), user)
     if not node.users:
         node.graph.erase_node(node)
+
+
+def _bare(proxy: Any) -> Any:
+    return proxy.node if isinstance(proxy, fx.Proxy) else proxy
+
+
+def _put(node: fx.Node, value: Any, *users: fx.Node) -> None:
+    """A node, a tuple of nodes or None in the place of a node, for all its users or for these."""
+    for user in users or list(node.users):
+        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: value if n is node else n)
 
 
 def is_parameter(proxy: Any) -> bool:
@@ -219,3 +240,20 @@ def constant_value(site: Site, proxy: Any) -> torch.Tensor:
 
 def _is_tensor(node: fx.Node) -> bool:
     return any(isinstance(v, Described) for v in pytree.tree_leaves(node.meta["value"]))
+
+
+def one_sample(site: Site, proxy: Any, axis: int = 0) -> Any:
+    """A tensor of parameters for one sample, before it was expanded to the batch on `axis`; None for any other."""
+    if not is_parameter(proxy):
+        return None
+    if function_name(proxy.node) in ("expand", "repeat", "tile"):
+        node = proxy.node
+        sizes = list(node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
+        source = fx.Proxy(node.args[0], site.tracer)
+        if len(sizes) == len(site.shape(proxy)) and isinstance(sizes[axis], fx.Node):
+            sizes[axis] = 1
+            rest = [fx.Proxy(n, site.tracer) if isinstance(n, fx.Node) else n for n in sizes]
+            return getattr(source, node.target)(*rest) if site.shape(source)[axis] == 1 else None
+        if axis == 0 and site.shape(source)[1:] == site.shape(proxy)[1:]:
+            proxy = source
+    return proxy if site.shape(proxy)[axis] == 1 else None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
 
-from kquant_torch.expand import NEVER, Site, constant_value, expands, expands_module, is_parameter, items_taken
+from kquant_torch.expand import NEVER, Site, constant_value, expands, expands_module, is_parameter, one_sample
 from kquant_torch.functions import masked_softmax, scaled_softmax
 from kquant_torch.handlers import function_name
 from kquant_torch.modes import dropout_of
@@ -78,12 +78,13 @@ def _softmax_module(site: Site, input: Any) -> Any:
 
 def _attention(
     site: Site, q: Any, k: Any, v: Any, scale: float, dropout: float = 0.0, mask: Any = None, keeps: bool = True
-) -> Any:  # fmt: skip
+) -> tuple[Any, Any]:  # fmt: skip
+    """What an attention gives, and its weights; None for a mask that follows the model's inputs."""
     weights = _softmax(site, torch.matmul(q, torch.transpose(k, -2, -1)), scale, -1, mask, keeps)
     if weights is not None and dropout:
         tracer = weights.tracer
         weights = tracer.create_proxy("call_function", F.dropout, (weights, dropout), {"training": "follow"})
-    return None if weights is None else torch.matmul(weights, v)
+    return (None, None) if weights is None else (torch.matmul(weights, v), weights)
 
 
 @expands("scaled_dot_product_attention")
@@ -96,12 +97,20 @@ def _sdpa(
     if is_causal and attn_mask is None:
         sizes = site.shape(query)[-2], site.shape(key)[-2]
         attn_mask = site.constant(torch.ones(sizes, dtype=torch.bool).tril())
-    if not enable_gqa and dropout_p == 0.0:
+    if dropout_p == 0.0:
         scale = site.shape(query)[-1] ** -0.5 if scale is None else scale
-        made = _attention(site, query, key, value, scale, dropout, attn_mask)
+        key, value = (_for_heads(site, x, site.shape(query)[-3]) if enable_gqa else x for x in (key, value))
+        made, _ = _attention(site, query, key, value, scale, dropout, attn_mask)
     if made is None and dropout:
         raise NotTraceable("an attention drops out weights in training only, and its mask is not a constant")
     return made
+
+
+def _for_heads(site: Site, x: Any, heads: int) -> Any:
+    """Keys or values that several heads share, once for each of them."""
+    axis, own = len(site.shape(x)) - 3, site.shape(x)[-3]
+    places = torch.arange(own).repeat_interleave(heads // own)
+    return x if own == heads else torch.index_select(x, axis, site.constant(places))
 
 
 @expands_module(nn.MultiheadAttention)
@@ -114,20 +123,39 @@ def _multi_head(
     if reason:
         return site.refuse(reason)
     size, heads, by_batch = m.embed_dim, m.num_heads, m.batch_first
-    weight, bias = site.parameter("in_proj_weight"), site.parameter("in_proj_bias")
+    lengths = [site.shape(x)[1 if by_batch else 0] for x in (query, key, value)]
     parts = []
-    for i, x in enumerate((query, key, value)):
-        rows, length = slice(i * size, (i + 1) * size), site.shape(x)[1 if by_batch else 0]
-        x = x if by_batch else torch.transpose(x, 0, 1)
-        y = F.linear(x, weight[rows], None if bias is None else bias[rows])
-        y = torch.reshape(y, (-1, length, heads, size // heads))
-        parts.append(torch.transpose(y, 1, 2))
-    y = _attention(site, *parts, (size // heads) ** -0.5, m.dropout, attn_mask, keeps=False)
+    for i, (x, length) in enumerate(zip((_of_each_sample(site, query, key), key, value), lengths, strict=True)):
+        y = F.linear(x if by_batch else torch.transpose(x, 0, 1), *_projection(site, i))
+        parts.append(torch.transpose(torch.reshape(y, (-1, length, heads, size // heads)), 1, 2))
+    y, weights = _attention(site, *parts, (size // heads) ** -0.5, m.dropout, attn_mask, keeps=False)
     if y is None:
         return site.refuse("an attention whose mask follows the model's inputs has no integer form")
-    y = torch.reshape(torch.transpose(y, 1, 2), (-1, site.shape(query)[1 if by_batch else 0], size))
+    y = torch.reshape(torch.transpose(y, 1, 2), (-1, lengths[0], size))
     out = F.linear(y, *(_child_parameter(site, "out_proj", n) for n in ("weight", "bias")))
-    return (out if by_batch else torch.transpose(out, 0, 1), None)
+    weights = None if not need_weights else torch.mean(weights, 1) if average_attn_weights else weights
+    return (out if by_batch else torch.transpose(out, 0, 1), weights)
+
+
+def _of_each_sample(site: Site, query: Any, key: Any) -> Any:
+    """Queries that are parameters, the same for all samples, as a sum with zeros that follow the batch."""
+    axis = 0 if site.module.batch_first else 1
+    block = None if is_parameter(key) else one_sample(site, query, axis)
+    if block is None or site.shape(query)[2] != site.shape(key)[2]:
+        return query
+    first = (slice(None), slice(0, 1)) if axis == 0 else (slice(0, 1),)
+    return key[first] * 0.0 + block
+
+
+def _projection(site: Site, index: int) -> tuple[Any, Any]:
+    """The weight and the bias that queries (0), keys (1) or values (2) are multiplied with."""
+    size, bias = site.module.embed_dim, site.parameter("in_proj_bias")
+    rows = slice(index * size, (index + 1) * size)
+    if site.module._qkv_same_embed_dim:
+        weight = site.parameter("in_proj_weight")[rows]
+    else:
+        weight = site.parameter(("q_proj_weight", "k_proj_weight", "v_proj_weight")[index])
+    return weight, None if bias is None else bias[rows]
 
 
 def _why_not(site: Site, query: Any, padding: Any, mask: Any) -> str:
@@ -135,10 +163,8 @@ def _why_not(site: Site, query: Any, padding: Any, mask: Any) -> str:
     m, axis = site.module, 0 if site.module.batch_first else 1
     if padding is not None:
         return "an attention with key_padding_mask, which follows the model's inputs, has no integer form"
-    if (items_taken(site.node) or {1}) - {0}:
-        return "an attention whose weights are read has no integer form; call it with need_weights=False"
-    if m.bias_k is not None or m.add_zero_attn or not m._qkv_same_embed_dim:
-        return "an attention with add_bias_kv, add_zero_attn, kdim or vdim has no integer form"
+    if m.bias_k is not None or m.add_zero_attn:
+        return "an attention with add_bias_kv or add_zero_attn has no integer form"
     if mask is not None and len(site.shape(mask)) != 2:
         return "an attention with a mask for each head has no integer form"
     if len(site.shape(query)) != 3 or site.batch_axis(query) not in (axis, None if m.batch_first else axis):

@@ -46,12 +46,19 @@ def _div(site: Site, input: Any, other: Any, *, rounding_mode: Any = None) -> An
 
 @expands("einsum")
 def _einsum(site: Site, equation: Any, *operands: Any) -> Any:
-    """Two operands: batch letters first, then one matrix product, then the wanted order."""
+    """One operand moved; two multiplied where they lie; else batch letters, one matrix product, the wanted order."""
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    subscripts = equation.replace(" ", "")
-    if "." in subscripts or len(operands) != 2 or "->" not in subscripts:
+    terms, out = _letters(equation.replace(" ", ""), [len(site.shape(x)) for x in operands])
+    if any(len(set(term)) != len(term) for term in terms):
         return None
-    (a, b), out = subscripts.split("->")[0].split(","), subscripts.split("->")[1]
+    if len(terms) == 1:
+        return operands[0].permute([terms[0].index(c) for c in out]) if sorted(out) == sorted(terms[0]) else None
+    if len(terms) != 2:
+        return None
+    a, b = terms
+    if sorted(set(a + b)) == sorted(out):
+        x, y = (_spread(x, term, out) for x, term in zip(operands, terms, strict=True))
+        return x * y
     if is_parameter(operands[0]):
         a, b, operands = b, a, operands[::-1]
     shared = [c for c in a if c in b]
@@ -65,6 +72,29 @@ def _einsum(site: Site, equation: Any, *operands: Any) -> Any:
     y = _as_matrix(operands[1], b, batch, inner, right, sizes, moving)
     z = torch.reshape(torch.matmul(x, y), [-1 if c == moving else sizes[c] for c in batch + left + right])
     return z.permute([(batch + left + right).index(c) for c in out])
+
+
+def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result; those that `...` stands for are capitals not in use."""
+    given, arrow, out = equation.partition("->")
+    terms, free = given.split(","), [c for c in map(chr, range(65, 91)) if c not in equation]
+    for i, (term, rank) in enumerate(zip(terms, ranks, strict=True)):
+        hidden = rank - len(term.replace("...", ""))
+        terms[i] = term.replace("...", "".join(free[-hidden:] if hidden else ()))
+    hidden = max((len(set(t) & set(free)) for t in terms), default=0)
+    if not arrow:
+        once = sorted(c for c in set("".join(terms)) - set(free) if "".join(terms).count(c) == 1)
+        out = "..." + "".join(once)
+    return terms, out.replace("...", "".join(free[-hidden:] if hidden else ()))
+
+
+def _spread(x: Any, letters: str, out: str) -> Any:
+    """A tensor with its axes in the order of `out`, and an axis of size one for each letter that it lacks."""
+    order = [letters.index(c) for c in out if c in letters]
+    x = x if order == sorted(order) else x.permute(order)
+    for place, c in enumerate(out):
+        x = x if c in letters else torch.unsqueeze(x, place)
+    return x
 
 
 def _as_matrix(x: Any, letters: str, batch: list, rows: list, columns: list, sizes: dict, moving: str) -> Any:

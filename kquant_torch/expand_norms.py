@@ -48,8 +48,9 @@ def _layer_norm_module(site: Site, input: Any) -> Any:
 
 @expands("layer_norm")
 def _layer_norm_function(
-    site: Site, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Any:
+    site: Site, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:  # fmt: skip
     return _layer_norm(site, input, normalized_shape, weight, bias, eps, True)
 
 
@@ -80,8 +81,9 @@ def _group_norm_module(site: Site, input: Any) -> Any:
 
 @expands("group_norm")
 def _group_norm_function(
-    site: Site, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Any:
+    site: Site, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:  # fmt: skip
     return _group_norm(site, input, num_groups, weight, bias, eps)
 
 
@@ -92,6 +94,16 @@ def _instance_norm(site: Site, input: Any) -> Any:
         return None
     y = _standardized(input, tuple(range(2, rank)), m.eps)
     return affine(y, site.parameter("weight"), site.parameter("bias"), 1)
+
+
+@expands("instance_norm")
+def _instance_norm_function(
+    site: Site, input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    if running_mean is not None or running_var is not None or not use_input_stats:
+        return None
+    return affine(_standardized(input, tuple(range(2, len(site.shape(input)))), eps), weight, bias, 1)
 
 
 @expands("sqrt", "rsqrt", "reciprocal", "log")
@@ -141,7 +153,11 @@ def _normalize(site: Site, input: Any, p: float = 2.0, dim: Any = 1, eps: float 
 def _norm(site: Site, x: Any, first: Any = 2, dim: Any = None, keepdim: bool = False, **given: Any) -> Any:
     """Of torch.norm, Tensor.norm and torch.linalg's: the order is called p or ord."""
     order, dims = given.pop("p", given.pop("ord", first)), _dims(site, x, dim)
-    if order not in (2, 2.0, "fro", None) or dims is None or any(v is not None for v in given.values()):
+    if dims is None or any(v is not None for v in given.values()):
+        return None
+    if order in (1, float("inf")) and len(dims) == 1:
+        return (torch.sum if order == 1 else torch.amax)(torch.abs(x), dims, keepdim=keepdim)
+    if order not in (2, 2.0, "fro", None):
         return None
     return _root(torch.sum(x * x, dims, keepdim=keepdim))
 

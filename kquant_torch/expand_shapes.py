@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
 
-from kquant_torch.expand import Site, expands, expands_module, is_parameter, items_taken
+from kquant_torch.expand import Site, expands, expands_module, items_taken, one_sample
 from kquant_torch.handlers import function_name
 from kquant_torch.trace import Described
 
@@ -163,7 +163,7 @@ def _concat_with_parameter(site: Site, tensors: Any, dim: int = 0) -> Any:
     """Class tokens, coordinates: zeros in their place, and then a sum with a constant that holds them there."""
     rank = len(site.shape(tensors[0]))
     at = dim % rank
-    blocks = [_one_sample(site, t) for t in tensors]
+    blocks = [one_sample(site, t) for t in tensors]
     data = [i for i, block in enumerate(blocks) if block is None]
     if at == 0 or not data or len(data) == len(tensors):
         return None
@@ -180,22 +180,6 @@ def _concat_with_parameter(site: Site, tensors: Any, dim: int = 0) -> Any:
         shape = (1, *site.shape(tensor)[1:])
         held.append(example.new_zeros(shape) if block is None else block.expand(shape))
     return (padded[0] if len(padded) == 1 else torch.cat(padded, at)) + torch.cat(held, at)
-
-
-def _one_sample(site: Site, proxy: Any) -> Any:
-    """A tensor of parameters for one sample, before it was expanded to the batch; None for any other."""
-    if not is_parameter(proxy):
-        return None
-    if function_name(proxy.node) in ("expand", "repeat", "tile"):
-        node = proxy.node
-        sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        if isinstance(sizes[0], fx.Node) and len(sizes) == len(site.shape(proxy)):
-            rest = [fx.Proxy(n, site.tracer) if isinstance(n, fx.Node) else n for n in sizes[1:]]
-            proxy = getattr(fx.Proxy(node.args[0], site.tracer), node.target)(1, *rest)
-            return proxy if node.args[0].meta["value"].shape[0] == 1 else None
-        if site.shape(fx.Proxy(node.args[0], site.tracer))[1:] == site.shape(proxy)[1:]:
-            proxy = fx.Proxy(node.args[0], site.tracer)
-    return proxy if site.shape(proxy)[0] == 1 else None
 
 
 # -- borders and rings ----------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from kquant_torch.reader import Reader, Refused
 
@@ -50,6 +52,7 @@ def handle(r: Reader, node: fx.Node) -> Any:
     if "where" in node.meta:
         return opaque(r, node, f"{function_name(node)} at {node.meta['where']}, in code that torch.fx cannot trace")
     try:
+        _check_dtype(node)
         if node.op == "call_module":
             return _module(r, node)
         handler = FUNCTIONS.get(function_name(node), read_unknown)
@@ -59,6 +62,14 @@ def handle(r: Reader, node: fx.Node) -> Any:
             raise Refused(f"{function_name(node)} is called in a way that is not read ({error})") from error
     except Refused as error:
         return opaque(r, node, str(error))
+
+
+def _check_dtype(node: fx.Node) -> None:
+    """Numbers are float32, and are quantized; or whole, and are ids."""
+    for value in pytree.tree_leaves(node.meta["value"]):
+        dtype = getattr(value, "dtype", torch.float32)
+        if dtype != torch.float32 and (dtype.is_floating_point or dtype.is_complex):
+            raise Refused(f"it gives {dtype}, and integer kernels stand for float32")
 
 
 def _module(r: Reader, node: fx.Node) -> Any:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from arguments_torch import ARGUMENTS
 from functions_torch import FUNCTIONS
 from snippets_torch import ACTIVATIONS, LAYERS, activation, example
 
@@ -12,7 +13,7 @@ CONFIGS = {
     "W4A4": [{"q_bits": 4, "op_types": ["default"]}],
     "DoReFa W2A3": [{"q_bits": {"weight": 2, "output": 3}, "op_types": ["default"], "quantizer": "dorefa"}],
 }
-ALL = {**LAYERS, **FUNCTIONS, **{f"activation {n}": activation(n) for n in ACTIVATIONS}}
+ALL = {**LAYERS, **FUNCTIONS, **ARGUMENTS, **{f"activation {n}": activation(n) for n in ACTIVATIONS}}
 # Backends and the engines that run them. qnnpack's int32 biases, sums and products are its own; x86 and onednn choose
 # between the kernels of the others.
 ENGINES = {"onednn": ("x86",), "quantized": ("fbgemm", "qnnpack")}

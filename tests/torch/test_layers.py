@@ -6,6 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from arguments_torch import ARGUMENTS
 from functions_torch import FUNCTIONS
 from snippets_torch import ACTIVATIONS, LAYERS, activation, example
 
@@ -19,7 +20,7 @@ CONFIGS = {
     "W4A4": [{"q_bits": 4, "op_types": ["default"]}],
     "DoReFa W2A3": [{"q_bits": {"weight": 2, "output": 3}, "op_types": ["default"], "quantizer": "dorefa"}],
 }
-ALL = {**LAYERS, **FUNCTIONS, **{f"activation {n}": activation(n) for n in ACTIVATIONS}}
+ALL = {**LAYERS, **FUNCTIONS, **ARGUMENTS, **{f"activation {n}": activation(n) for n in ACTIVATIONS}}
 
 
 def built(name):
