@@ -95,6 +95,9 @@ ARGUMENTS = {
     "einsum of one": linear(lambda m, x: torch.einsum("btc->bct", m.l(x)), ["transpose"]),
     "einsum without a sum": linear(lambda m, x: torch.einsum("btc,bt->bct", m.l(x), x[..., 0]), ["transpose", "mul"]),
     "einsum with an ellipsis": linear(lambda m, x: torch.einsum("...td,...sd->...ts", m.l(x), x), ["batch_matmul"]),
+    "maxima of what is padded by minus infinity": conv(
+        lambda m, x: F.max_pool2d(F.pad(m.c(x), (1, 1, 0, 2), value=float("-inf")), 3), ["pad", "max_pool2d"]
+    ),
     "smoothed": resized(["dense", "dense"], size=(4, 5), mode="bilinear", antialias=True),
     "bicubic": resized(["dense", "dense"], size=(12, 5), mode="bicubic"),
     "bicubic by a factor": resized(["dense", "dense"], scale_factor=1.7, mode="bicubic", align_corners=False),

@@ -14,6 +14,9 @@ from kquant.core.errors import RangeError
 from kquant.core.graph import Op
 
 _PASSING = ("identity", "fake_quant")
+# How graphs with their channels last, and torch's, call the same; and the first axis that a pool slides along.
+_REDUCED = ("axes", "dim")
+_POOLED = {"pool": 1, "kernel_size": 2}
 
 Consumers = Mapping[str, list[tuple[Op, int]]]
 
@@ -64,6 +67,16 @@ def _sees_more(op: Op, reader: Op) -> bool:
     """Whether every maximum that an op takes has more than the padding in it."""
     pads = {axis: max(pair) for axis, pair in enumerate(op.attrs["paddings"]) if any(pair)}
     if reader.kind == "reduce_max":
-        return set(pads) <= set(reader.attrs["axes"])
-    windows = dict(enumerate(reader.attrs["pool"], 1)) if reader.kind == "max_pool2d" else {}
+        return set(pads) <= set(_setting(reader, _REDUCED))
+    windows = _windows(reader) if reader.kind == "max_pool2d" else {}
     return all(width < windows.get(axis, 0) for axis, width in pads.items())
+
+
+def _windows(pool: Op) -> dict[int, int]:
+    """The window of a pool by axis."""
+    (first,) = (start for name, start in _POOLED.items() if name in pool.attrs)
+    return dict(enumerate(_setting(pool, tuple(_POOLED)), first))
+
+
+def _setting(op: Op, names: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(next(op.attrs[n] for n in names if n in op.attrs))
