@@ -91,21 +91,38 @@ class Demands:
     def input_need(self, stage: Stage, tensor: str) -> Need:
         """The range of a float tensor that the stage reads: a model input, or the result of a float op."""
         entry = self.entries[stage.anchor.id]
-        named = entry is not None and entry.op_names is not None
         model_input = self._model_input(tensor)
-        bits = entry.input_bits if entry is not None and entry.input_bits and (named or not model_input) else 8
-        own = self.entries.get(f"input:{model_input}")
-        if own is not None:
-            bits = own.input_bits or own.output_bits or 8
-            if own.exclude or bits == 32:
+        asked = self._asked_of_input(tensor, model_input)
+        (_, bits), *others = asked or [(None, 8)]
+        for index, float_bits in asked:
+            if float_bits == 32:
                 raise ConfigError(
-                    f"config_list[{own.index}]",
-                    f"input {model_input!r} must be quantized, because {stage.anchor.layer!r} reads it in integers",
+                    f"config_list[{index}]",
+                    f"input {model_input or tensor!r} must be quantized: {stage.anchor.layer!r} reads it in integers",
                     "an entry that leaves it in float",
                     "Leave the input out of the entry, or exclude its readers too",
                 )
+        for index, different in others:
+            if different != bits:
+                raise ConfigError(
+                    f"config_list[{asked[0][0]}] and config_list[{index}]",
+                    f"entries that match {model_input or tensor!r} or what reads it must agree on its bits",
+                    f"{bits} and {different}",
+                    "One tensor has one range: give its readers the same input bits",
+                )
         naive = entry is not None and entry.quantizer == "naive"
         return Need(bits, start_step=self.start_step(stage.anchor), naive=naive)
+
+    def _asked_of_input(self, tensor: str, model_input: str | None) -> list[tuple[int, int]]:
+        """The bits that entries ask of a float tensor, each with the entry's index: its own, and those of its readers.
+
+        A model input has 8 bits whatever an entry says of its readers' inputs, unless that entry names ops.
+        """
+        own = self.entries.get(f"input:{model_input}")
+        readers = [self.entries[op.id] for op, _ in self.consumers[tensor]]
+        named = [e for e in readers if e is not None and (e.op_names is not None or model_input is None)]
+        asked = [] if own is None else [(own.index, 32 if own.exclude else own.input_bits or own.output_bits or 8)]
+        return asked + [(e.index, e.input_bits) for e in named if e.input_bits]
 
     def start_step(self, op: Op) -> int:
         """The training step at which the op's quantization begins."""

@@ -224,6 +224,31 @@ def test_fused_ops_with_contradictory_entries_are_refused_by_both_indices():
     assert spec(placed(net, *config[:2]), "r").bits == 4  # with one entry, it is the one for the whole stage
 
 
+def few_input_bits(name, bits):
+    return {"q_bits": {"weight": 8, "input": bits, "output": 8}, "op_names": [name]}
+
+
+@pytest.mark.parametrize("named", ["a", "b"])
+def test_the_bits_of_an_input_do_not_depend_on_which_of_its_readers_comes_first(named):
+    net = graph(("a", "conv2d", "x"), ("b", "conv2d", "x"))
+    assert spec(placed(net, DEFAULT, few_input_bits(named, 4)), "x").bits == 4
+    assert spec(placed(net, DEFAULT, few_input_bits("a", 4), few_input_bits("b", 4)), "x").bits == 4
+
+
+@pytest.mark.parametrize("second", [few_input_bits("b", 6), {"q_bits": 6, "op_names": ["x"]}])
+def test_contradictory_bits_of_one_input_are_refused_by_both_indices(second):
+    net = graph(("a", "conv2d", "x"), ("b", "conv2d", "x"))
+    with pytest.raises(ConfigError, match=r"config_list\[.\] and config_list\[.\].*'x'") as caught:
+        placed(net, DEFAULT, few_input_bits("a", 4), second)
+    assert {*caught.value.where.split(" and ")} == {"config_list[1]", "config_list[2]"}
+    assert {*caught.value.received.split(" and ")} == {"4", "6"}
+
+
+def test_an_integer_op_cannot_read_its_input_in_float():
+    with pytest.raises(ConfigError, match=r"config_list\[1\]: input 'x' must be quantized: 'a' reads it in integers"):
+        placed(graph(("a", "conv2d", "x")), DEFAULT, few_input_bits("a", 32))
+
+
 def test_an_op_that_no_entry_matches_stays_float_with_the_reason():
     plan = placed(graph(("a", "conv2d", "x"), ("b", "dense", "a")), {"q_bits": 8, "op_types": ["Conv2D"]})
     assert plan.floats == {"b": "no config entry matches it"}

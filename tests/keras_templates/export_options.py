@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from keras_generation import keras, layers
 
 import kquant
 from kquant.core.errors import ExportError
-from kquant.tflite.flatbuffer import FileModel, decode
+from kquant.tflite.flatbuffer import FileModel, decode, encode
 
 DEFAULT = {"q_bits": 8, "op_types": ["default"]}
 SHAPE = (10, 10, 4)
@@ -151,6 +152,22 @@ def test_float_island_is_refused_unless_allowed(island, tmp_path):
     trained = qmodel.predict(X[:16], verbose=0)
     # The trained values, within a code of the largest output: a flipped code in the middle travels on.
     np.testing.assert_allclose(kquant.load_artifact(path)(X[:16]), trained, atol=1.5 * np.ptp(trained) / 255)
+
+
+@pytest.mark.parametrize("input_type", ["float32", "int8", "uint8"])
+def test_few_bits_of_an_input_are_clamped_and_compared_behind_every_boundary(input_type, tmp_path):
+    entry = {"op_names": ["first"], "q_bits": {"weight": 8, "input": 4, "output": 8}}
+    qmodel, path = kquant.quantize_model(net(), [DEFAULT, entry], calibration_data=X), tmp_path / "model.tflite"
+    file = exported(qmodel, path, input_type=input_type)
+    data = 2 * X[:8]  # beyond the calibrated range, so that the clamp has something to do
+    report = kquant.verify(qmodel, path, data)
+    assert report.ok, report.problems
+    assert report.ops[0].codes_used <= 16 and report.ops[0].bits == 4
+    # A lower bound one code higher is no longer the trained one.
+    low = next(i for op in file.ops if op.opcode == "MAXIMUM" for i in op.inputs if file.tensors[i].data is not None)
+    file.tensors[low] = dataclasses.replace(file.tensors[low], data=file.tensors[low].data + np.int8(1))
+    path.write_bytes(encode(file))
+    assert not kquant.verify(qmodel, path, data).ok
 
 
 def test_integer_boundary_before_a_float_island_is_refused(tmp_path):
