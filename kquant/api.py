@@ -10,10 +10,10 @@ from kquant.core.calibration import calibrate
 from kquant.core.config import Candidate, Entry, match, parse
 from kquant.core.errors import ConfigError, ModelError, check_choice
 from kquant.core.graph import Graph
-from kquant.core.int8_spec import ROWS
 from kquant.core.observers import CHOICES
 from kquant.core.placement import place
 from kquant.core.plan import Plan
+from kquant.core.ready import check_quantizes
 
 TARGETS = ("tflite",)
 
@@ -56,7 +56,12 @@ def front_end(model: Any) -> Any:
         if root in roots:
             return importlib.import_module(module)
     what = next((text for root, text in ELSEWHERE.items() if root in roots), type(model).__name__)
-    raise ModelError("model", "a built Keras 3 or tf_keras model, a tf.Graph or a session on one", what)
+    raise ModelError(
+        "model",
+        "a built Keras 3 or tf_keras model, a tf.Graph or a session on one",
+        what,
+        "Hand in the model itself; a layer or a function is put in a model first",
+    )
 
 
 def selected(model: Any, **which: Any) -> Any:
@@ -75,7 +80,10 @@ def selected(model: Any, **which: Any) -> Any:
     front = front_end(model)
     if not hasattr(front, "select"):
         raise ConfigError(
-            ", ".join(f"{name}=" for name in given), "arguments for TensorFlow 1 graphs only", type(model).__name__
+            ", ".join(f"{name}=" for name in given),
+            "arguments for TensorFlow 1 graphs only",
+            type(model).__name__,
+            "Leave them out, or hand in a graph or a session",
         )
     return front.select(model, **given)
 
@@ -178,10 +186,14 @@ def _quantize(
         front.check(model)
     graph = front.read(model)
     if any("quantizer" in op.attrs for op in graph.ops):
-        raise ModelError(f"model {graph.name!r}", "a float model", "a model that kquant already quantized")
+        raise ModelError(
+            f"model {graph.name!r}",
+            "a float model",
+            "a model that kquant already quantized",
+            "Hand in the float model, which quantizing does not change",
+        )
     made = place(graph, _entries(graph, config_list, quantizer))
-    if not any(op.kind in ROWS and ROWS[op.kind].placement.value != "identity" for op in graph.ops):
-        raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
+    check_quantizes(made)
     if calibration_data is not None and hasattr(front, "prepare"):
         calibration_data = front.prepare(model, graph, calibration_data)
     quantized = front.attach(made, model)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kquant import controls
-from kquant.core.errors import ConfigError
+from kquant.core.errors import ConfigError, check_choice
 
 UNITS = ("epochs", "steps")
 
@@ -55,8 +55,7 @@ class QuantizationSchedule:
     ):
         _check_time("freeze_observers_after", freeze_observers_after)
         _check_time("freeze_batch_norm_after", freeze_batch_norm_after)
-        if unit not in UNITS:
-            raise ConfigError("unit", f"one of {', '.join(map(repr, UNITS))}", repr(unit))
+        check_choice("unit", unit, UNITS)
         self.freeze_observers_after = freeze_observers_after
         self.freeze_batch_norm_after = freeze_batch_norm_after
         self.reestimate_batch_norm_with = reestimate_batch_norm_with
@@ -144,4 +143,9 @@ def _check_time(name: str, time: Any) -> None:
     is_share = isinstance(time, float) and 0.0 <= time <= 1.0
     is_count = isinstance(time, int) and not isinstance(time, bool) and time >= 0
     if not (time is None or is_share or is_count):
-        raise ConfigError(name, "a share from 0.0 to 1.0 of the training, a count as an int, or None", repr(time))
+        raise ConfigError(
+            name,
+            "a share from 0.0 to 1.0 of the training, a count as an int, or None",
+            repr(time),
+            "Write 0.5 for half of the training, 3 for three epochs or steps, None for never",
+        )

@@ -14,10 +14,11 @@ from kquant.core.calibration import calibrate as calibrate_graph
 from kquant.core.config import Candidate, Entry, match, parse
 from kquant.core.errors import ConfigError, ModelError, check_choice
 from kquant.core.graph import Op
-from kquant.core.int8_spec import ROWS, Placement, row_of
+from kquant.core.int8_spec import ROWS
 from kquant.core.observers import CHOICES
 from kquant.core.placement import place
 from kquant.core.plan import Plan
+from kquant.core.ready import check_quantizes
 from kquant_torch.attach import attach
 from kquant_torch.data import arrays_of
 from kquant_torch.read import Reading, read, read_code
@@ -58,8 +59,7 @@ def _in_default(reading: Reading, op: Op) -> bool:
 def _placed(reading: Reading, config_list: Any, quantizer: str | None, portable: bool, target: str) -> Plan:
     graph = reading.graph
     made = place(graph, _entries(reading, config_list, quantizer), TARGETS[target])
-    if not any(row_of(op.kind).placement not in (Placement.IDENTITY, Placement.OPAQUE) for op in graph.ops):
-        raise ModelError(f"model {graph.name!r}", "a model with at least one quantizable layer", "none")
+    check_quantizes(made)
     made = _with_places(made)
     if not portable:
         return made
@@ -91,10 +91,15 @@ def _read(model: nn.Module, example_inputs: Any) -> tuple[Reading, Any]:
 def _check_model(model: Any, example_inputs: Any) -> None:
     """What can be said of a model and its inputs before anything runs."""
     if not isinstance(model, nn.Module):
-        raise ModelError("model", "a torch.nn.Module", type(model).__name__)
+        raise ModelError("model", "a torch.nn.Module", type(model).__name__, "Hand in the module itself")
     name = f"model {type(model).__name__!r}"
     if is_quantized(model):
-        raise ModelError(name, "a float model", "a model that kquant_torch already wrapped")
+        raise ModelError(
+            name,
+            "a float model",
+            "a model that kquant_torch already wrapped",
+            "Hand in the float model, of which wrap makes a copy",
+        )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for what, value in tensors:
         if value.is_complex():
@@ -103,7 +108,7 @@ def _check_model(model: Any, example_inputs: Any) -> None:
             raise ModelError(f"{what!r} of {name}", "float32 weights", str(value.dtype), "Call model.float() first")
     devices = {str(value.device) for _, value in tensors}
     if len(devices) > 1:
-        raise ModelError(name, "all parameters on one device", sorted(devices))
+        raise ModelError(name, "all parameters on one device", sorted(devices), "Call model.to(device) first")
     positional, named = as_arguments(example_inputs)
     for what, value in [*enumerate(positional), *named.items()]:
         _check_input(what, value, next(iter(devices), None), name)
@@ -118,11 +123,21 @@ def _check_input(what: Any, value: Any, device: str | None, name: str) -> None:
     if value.is_floating_point() and value.dtype != torch.float32:
         raise ModelError(where, "float32 values", str(value.dtype), "Call .float() on them")
     if value.ndim == 0 or value.shape[0] == 0:
-        raise ModelError(where, "a batch: samples on axis 0, at least one", f"shape {tuple(value.shape)}")
+        raise ModelError(
+            where,
+            "a batch: samples on axis 0, at least one",
+            f"shape {tuple(value.shape)}",
+            "Pass the inputs of one call, such as x[:2]",
+        )
     if device is not None and str(value.device) != device:
-        raise ModelError(where, f"a tensor on the device of {name}, {device}", str(value.device))
+        raise ModelError(
+            where,
+            f"a tensor on the device of {name}, {device}",
+            str(value.device),
+            "Move the model and its inputs to one device first",
+        )
     if value.is_floating_point() and not torch.isfinite(value).all():
-        raise ModelError(where, "finite values", "NaN or infinity")
+        raise ModelError(where, "finite values", "NaN or infinity", "Pass other samples")
 
 
 def plan(

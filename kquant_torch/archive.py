@@ -150,7 +150,12 @@ def _decoded(data: bytes, where: str) -> Archive:
     if CODE not in records or "data.pkl" not in records or f"extra/{ROOT}.json" not in records:
         raise ArtifactError(where, f"an archive that holds {CODE} and extra/{ROOT}.json", sorted(records)[:6], FOREIGN)
     if max(len(records[CODE]), len(records["data.pkl"])) > LARGEST_CODE:
-        raise ArtifactError(where, f"code of at most {LARGEST_CODE} bytes", len(records[CODE]))
+        raise ArtifactError(
+            where,
+            f"code of at most {LARGEST_CODE} bytes",
+            len(records[CODE]),
+            "Only files of kquant_torch.export_torchscript are read here",
+        )
     tensors = _unpickled(records, where)
     extra = {n.removeprefix("extra/"): v.decode() for n, v in records.items() if n.startswith("extra/")}
     return Archive(records[CODE].decode(), tensors, extra)

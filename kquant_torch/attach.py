@@ -294,7 +294,12 @@ def _quantize_recurrent(module: Any, spec: WeightSpec, name: str) -> None:
     if isinstance(module, tuple(RECURRENT.values())):
         return
     if spec.gradient_bits:
-        raise UnsupportedError(f"layer {name!r}", "recurrent layers do not quantize gradients", spec.gradient_bits)
+        raise UnsupportedError(
+            f"layer {name!r}",
+            "recurrent layers do not quantize gradients",
+            spec.gradient_bits,
+            "Leave the gradient bits out of the entry that matches it",
+        )
     quantizers = nn.ModuleDict()
     for key, weight in module.named_parameters():
         if key.startswith("weight"):

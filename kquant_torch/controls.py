@@ -24,7 +24,9 @@ def controlled(qmodel: nn.Module) -> Controlled:
         ModelError: not a module, or one without quantizers.
     """
     if not isinstance(qmodel, nn.Module):
-        raise ModelError("model", "a wrapped torch.nn.Module", type(qmodel).__name__)
+        raise ModelError(
+            "model", "a wrapped torch.nn.Module", type(qmodel).__name__, "Hand in what kquant_torch.wrap returned"
+        )
     quantizers = quantizers_of(qmodel)
     if not quantizers:
         fix = "Call kquant_torch.wrap(model, example_inputs=x) first, and hand its result in"

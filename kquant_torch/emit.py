@@ -210,7 +210,12 @@ class Emitter:
             self._entry(tensor)
         for op in self.model.ops:
             if op.kind not in WRITERS:
-                raise UnsupportedError(f"op {op.id!r}", "an op that this artifact has a kernel for", op.kind)
+                raise UnsupportedError(
+                    f"op {op.id!r}",
+                    "an op that this artifact has a kernel for",
+                    op.kind,
+                    "Exclude its layer, and export with allow_float=True",
+                )
             self.let(op.outputs[0], WRITERS[op.kind](self, op))
         outputs = [self.name(t) for t in self.model.outputs]
         result = outputs[0] if len(outputs) == 1 else f"({', '.join(outputs)})"

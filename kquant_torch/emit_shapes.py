@@ -90,7 +90,12 @@ def _mirror_pad(e: Emitter, op: IntOp) -> str:
     x, paddings = e.codes(op.inputs[0]), list(op.attrs["paddings"])
     spatial = len(paddings) - 2
     if any(tuple(p) != (0, 0) for p in paddings[:2]) or spatial not in (1, 2, 3):
-        raise UnsupportedError(f"op {op.id!r}", "mirrored padding of the spatial axes", paddings)
+        raise UnsupportedError(
+            f"op {op.id!r}",
+            "mirrored padding of the spatial axes",
+            paddings,
+            "Pad the spatial axes only, or with a constant",
+        )
     pads = [int(n) for pair in reversed(paddings[2:]) for n in pair]
     return f"torch.reflection_pad{spatial}d({x}, {literal(pads)})"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kquant.core.boundary import with_boundary
-from kquant.core.errors import ExportError, ModelError
+from kquant.core.errors import ExportError, ModelError, check_choice
 from kquant.core.files import save
 from kquant.core.graph import Graph
 from kquant.core.integer import IntegerModel
@@ -104,8 +104,7 @@ def export_torchscript(
         ("backend", backend, tuple(CHOICES)), ("input_type", input_type, tuple(BOUNDARY)),
         ("output_type", output_type, tuple(BOUNDARY)),
     ):  # fmt: skip
-        if value not in choices:
-            raise ExportError(name, f"one of {', '.join(choices)}", repr(value))
+        check_choice(name, value, choices, ExportError)
     start = time.perf_counter()
     graph = quantized_graph(qmodel)
     check_inputs(graph, example_inputs)
@@ -125,7 +124,12 @@ def write(
     data = encode(archive)
     report = audit_bytes(data, str(path))
     if not report.fully_integer and not allow_float:
-        raise ExportError(f"model {model.name!r}", "a fully integer file", str(report.float_ops))
+        raise ExportError(
+            f"model {model.name!r}",
+            "a fully integer file",
+            str(report.float_ops),
+            "Name these ops in an entry of config_list, or pass allow_float=True",
+        )
     save(data, path)
     return ExportReport(
         str(path), len(data), report.fully_integer, len(report.ops), dict(model.floats), report.least_runtime,
@@ -146,7 +150,12 @@ def check_inputs(graph: Graph, example_inputs: Any) -> None:
         values = list(example_inputs) if isinstance(example_inputs, list | tuple) else [example_inputs]
     if len(values) != len(graph.inputs) or (named and set(example_inputs) != set(graph.input_names)):
         received = sorted(map(str, example_inputs)) if named else len(values)
-        raise ModelError("example_inputs", f"{len(graph.inputs)} tensors: {list(graph.input_names)}", received)
+        raise ModelError(
+            "example_inputs",
+            f"{len(graph.inputs)} tensors: {list(graph.input_names)}",
+            received,
+            "Pass them in that order, or as a dict by name",
+        )
     for name, value in zip(graph.inputs, values, strict=True):
         expected = graph.tensors[name]
         shape, dtype = tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", type(value).__name__))
@@ -155,4 +164,5 @@ def check_inputs(graph: Graph, example_inputs: Any) -> None:
                 f"example_inputs, {name!r}",
                 f"a tensor of {len(expected.shape)} axes and dtype {expected.dtype}",
                 f"shape {shape}, dtype {dtype}",
+                "Pass inputs like those that the model was wrapped with",
             )

@@ -140,7 +140,9 @@ class OnnxEmitter:
         """The file's bytes."""
         for op in self.model.ops:
             if op.kind not in WRITERS:
-                raise UnsupportedError(f"op {op.id!r}", "an op that the ONNX export has a form for", op.kind)
+                raise UnsupportedError(
+                    f"op {op.id!r}", "an op that the ONNX export has a form for", op.kind, "Use export_torchscript"
+                )
             WRITERS[op.kind](self, op)
         helper = self.onnx.helper
         outputs = [self._port(t) for t in self.model.outputs]

@@ -10,7 +10,7 @@ import numpy as np
 
 from kquant.core.affine import bias_error, bias_unit
 from kquant.core.boundary import with_boundary
-from kquant.core.errors import ArtifactError, ExportError
+from kquant.core.errors import ArtifactError, ExportError, check_choice
 from kquant.core.files import save
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
@@ -54,8 +54,7 @@ def export_onnx(
         >>> kquant_torch.export_onnx(qmodel, "model.onnx", example_inputs=x)  # doctest: +SKIP
     """
     for name, value in (("input_type", input_type), ("output_type", output_type)):
-        if value not in BOUNDARY:
-            raise ExportError(name, f"one of {', '.join(BOUNDARY)}", repr(value))
+        check_choice(name, value, BOUNDARY, ExportError)
     start = time.perf_counter()
     graph = quantized_graph(qmodel)
     check_inputs(graph, example_inputs)
@@ -78,10 +77,20 @@ class OnnxFile:
         try:
             self.file = onnx.load_model_from_string(content)
         except Exception as error:
-            raise ArtifactError(where, "a whole ONNX file", str(error)[:200]) from error
+            raise ArtifactError(
+                where,
+                "a whole ONNX file",
+                str(error)[:200],
+                "Give the path of a file that kquant_torch wrote: it is truncated, damaged or of another kind",
+            ) from error
         self.where = where
         if self.file.producer_name != PRODUCER:
-            raise ArtifactError(where, "a file of kquant_torch.export_onnx", repr(self.file.producer_name))
+            raise ArtifactError(
+                where,
+                "a file of kquant_torch.export_onnx",
+                repr(self.file.producer_name),
+                "Give the path of a file that kquant_torch wrote",
+            )
         read = onnx.numpy_helper.to_array
         self.arrays = {i.name: read(i) for i in self.file.graph.initializer}
         self.names = {o for n in self.file.graph.node for o in n.output} | {i.name for i in self.file.graph.input}

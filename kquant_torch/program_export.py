@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kquant.core.boundary import with_boundary
-from kquant.core.errors import ArtifactError, ExportError
+from kquant.core.errors import ArtifactError, ExportError, check_choice
 from kquant.core.files import save
 from kquant.core.integer import IntegerModel, IntOp
 from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
@@ -57,8 +57,7 @@ def export_program(
         >>> kquant_torch.export_program(qmodel, "model.pt2", example_inputs=x)  # doctest: +SKIP
     """
     for name, value in (("input_type", input_type), ("output_type", output_type)):
-        if value not in BOUNDARY:
-            raise ExportError(name, f"one of {', '.join(BOUNDARY)}", repr(value))
+        check_choice(name, value, BOUNDARY, ExportError)
     start = time.perf_counter()
     graph = quantized_graph(qmodel)
     check_inputs(graph, example_inputs)
@@ -110,7 +109,12 @@ class ProgramFile:
             self.program = torch.export.load(io.BytesIO(content), extra_files=extra)
             self.facts = json.loads(extra[FACTS])
         except Exception as error:
-            raise ArtifactError(where, "a file of kquant_torch.export_program", str(error).strip()[:200]) from error
+            raise ArtifactError(
+                where,
+                "a file of kquant_torch.export_program",
+                str(error).strip()[:200],
+                "Give the path of a file that kquant_torch wrote: it is truncated, damaged or of another kind",
+            ) from error
         self.names = {*self.facts["nodes"], *self.facts["inputs"]}
         self.arrays = {n: v.numpy() for n, v in self.program.state_dict.items()}
 

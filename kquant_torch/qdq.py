@@ -127,7 +127,7 @@ class QuantizedProgram(nn.Module):
         self.model, self.every = model, every
         for op in model.ops:
             if op.kind not in (*FUNCTIONS, "table", "embedding", "quantize", "dequantize"):
-                raise UnsupportedError(f"op {op.id!r}", "an op that has a Q/DQ form", op.kind)
+                raise UnsupportedError(f"op {op.id!r}", "an op that has a Q/DQ form", op.kind, "Use export_torchscript")
         self.names: dict[str, str] = {}
         for index, op in enumerate(model.ops):
             self._hold(f"op{index}", op)

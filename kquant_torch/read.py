@@ -88,7 +88,7 @@ def read_code(model: nn.Module, example_inputs: Any = None) -> Reading:
     from kquant_torch.root import example_of, is_quantized, names_of, target_of
 
     if not isinstance(model, nn.Module):
-        raise ModelError("model", "a torch.nn.Module", type(model).__name__)
+        raise ModelError("model", "a torch.nn.Module", type(model).__name__, "Hand in the module itself")
     inputs = Inputs(model, example_of(model) if example_inputs is None else example_inputs)
     code, training_only = trace(model, inputs)
     names = names_of(model)
@@ -97,7 +97,9 @@ def read_code(model: nn.Module, example_inputs: Any = None) -> Reading:
     reader = Reader(model, code, training_only, names)
     outputs = reader.walk()
     if not reader.ops:
-        raise ModelError(f"model {type(model).__name__}", "a model with at least one layer", "an empty model")
+        raise ModelError(
+            f"model {type(model).__name__}", "a model with at least one layer", "an empty model", "Add layers to it"
+        )
     tensors = tuple(reader.values[n] for n in code.nodes if n.op == "placeholder")
     output_names = ("output",) if len(outputs) == 1 else tuple(f"output_{i}" for i in range(len(outputs)))
     name = type(model).__name__.removeprefix("Quantized")

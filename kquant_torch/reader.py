@@ -250,7 +250,10 @@ class Reader:
                 continue  # None, a number: part of what the module gives, and no tensor of the artifact
             if not self.is_data(value):
                 raise ModelError(
-                    f"model {type(self.model).__name__}", "outputs that are computed from its inputs", repr(value)
+                    f"model {type(self.model).__name__}",
+                    "outputs that are computed from its inputs",
+                    repr(value),
+                    "Return tensors that depend on the inputs",
                 )
             found += [v for v in pytree.tree_leaves(self.values[value]) if v is not None]
         if not found:

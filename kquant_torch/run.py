@@ -36,7 +36,12 @@ def check_build(target: str, where: str) -> None:
     """
     if target == QUANTIZED.name:
         if not engines():
-            raise ArtifactError(where, "a build of torch with a quantized engine", "none of fbgemm, qnnpack, onednn")
+            raise ArtifactError(
+                where,
+                "a build of torch with a quantized engine",
+                "none of fbgemm, qnnpack, onednn",
+                "Use a build with one, or export with the default backend",
+            )
     elif not torch.backends.mkldnn.is_available():
         raise ArtifactError(
             where,
@@ -59,7 +64,12 @@ def loaded(data: bytes, target: str, where: str) -> Any:
             return torch.jit.load(io.BytesIO(data)).eval()
     except RuntimeError as error:
         received = str(error).strip().splitlines()[0][:200]
-        raise ArtifactError(where, "a file that torch.jit.load can load", received) from error
+        raise ArtifactError(
+            where,
+            "a file that torch.jit.load can load",
+            received,
+            "Load it with the torch version that wrote it, or write it again",
+        ) from error
 
 
 def facts(archive: Archive, where: str) -> dict[str, Any]:
@@ -71,7 +81,12 @@ def facts(archive: Archive, where: str) -> dict[str, Any]:
         if found["target"] not in TARGETS:
             raise ValueError(f"the target {found['target']!r} is not one of {', '.join(TARGETS)}")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ArtifactError(where, "a description of the artifact's tensors", str(error)) from error
+        raise ArtifactError(
+            where,
+            "a description of the artifact's tensors",
+            str(error),
+            "Only files of kquant_torch.export_torchscript are read here",
+        ) from error
     return dict(found)
 
 
@@ -115,11 +130,18 @@ class Artifact:
     def _values(self, x: Any) -> list[Any]:
         if isinstance(x, Mapping):
             if set(x) != set(self.input_names):
-                raise ArtifactError(self.where, f"a value for each of {self.input_names}", sorted(x))
+                raise ArtifactError(
+                    self.where, f"a value for each of {self.input_names}", sorted(x), "Give every input by that name"
+                )
             return [x[n] for n in self.input_names]
         values = list(x) if isinstance(x, list | tuple) else [x]
         if len(values) != len(self.input_names):
-            raise ArtifactError(self.where, f"{len(self.input_names)} inputs: {self.input_names}", len(values))
+            raise ArtifactError(
+                self.where,
+                f"{len(self.input_names)} inputs: {self.input_names}",
+                len(values),
+                "Pass a list in that order, or a dict by name",
+            )
         return values
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
@@ -128,14 +150,24 @@ class Artifact:
         where = f"{self.where}, input {name!r}"
         # Sizes may differ, as those of an image may; where they cannot, a kernel says so below.
         if tensor.ndim != len(expected):
-            raise ArtifactError(where, f"{len(expected)} axes", f"shape {tuple(tensor.shape)}")
+            raise ArtifactError(
+                where,
+                f"{len(expected)} axes",
+                f"shape {tuple(tensor.shape)}",
+                "Give a batch: a single sample is x[None]",
+            )
         if tensor.ndim and tensor.shape[0] == 0:
-            raise ArtifactError(where, "at least one sample", f"shape {tuple(tensor.shape)}")
+            raise ArtifactError(where, "at least one sample", f"shape {tuple(tensor.shape)}", "Leave empty batches out")
         if "scale" in described and tensor.dtype != torch.uint8:
             codes = f"clip(floor(x / {described['scale']} + 0.5) + {described['zero_point']}, 0, 255)"
             raise ArtifactError(where, "codes of type uint8", tensor.dtype, f"Give {codes}")
         if tensor.is_floating_point() and tensor.isnan().any():
-            raise ArtifactError(where, "values that are not NaN", f"{int(tensor.isnan().sum())} NaN")
+            raise ArtifactError(
+                where,
+                "values that are not NaN",
+                f"{int(tensor.isnan().sum())} NaN",
+                "Repair or leave out the samples that have them",
+            )
 
 
 def load_artifact(path: str | os.PathLike[str]) -> Artifact:
@@ -186,7 +218,9 @@ def run_each(
     found = {s.name: {dotted(c.func).split(".")[-1] for c in calls(s.expression)} for s in program.statements}
     names = [name for name, functions in found.items() if functions & set(kinds)]
     if len(names) != len(given):
-        raise ArtifactError(where, f"{len(given)} statements that compute", len(names))
+        raise ArtifactError(
+            where, f"{len(given)} statements that compute", len(names), "Give one array for each of them"
+        )
     places = {name: i for i, name in enumerate(names)}
     lines = []
     for statement in program.statements:

@@ -35,7 +35,10 @@ class Inputs:
             bound = self.signature.bind(model, *positional, **named).arguments
         except TypeError as error:
             raise ModelError(
-                "example_inputs", f"arguments of {type(model).__name__}.forward{self.signature}", str(error)
+                "example_inputs",
+                f"arguments of {type(model).__name__}.forward{self.signature}",
+                str(error),
+                "Pass a tensor, a tuple of tensors, or a dict by argument name",
             ) from error
         own = next(iter(bound))
         self.values: dict[str, Any] = {k: v for k, v in bound.items() if k != own}
@@ -300,6 +303,7 @@ def propagate(model: nn.Module, graph: fx.Graph, values: Mapping[str, torch.Tens
                 "example_inputs",
                 "inputs that the model can be called on",
                 f"{shapes}; the model raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+                "Pass a batch that the float model accepts",
             ) from error
         more = larger(values)
         with contextlib.suppress(Exception):

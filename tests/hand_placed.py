@@ -39,7 +39,9 @@ def graph(*ops: tuple, outputs: tuple[str, ...] = ()) -> Graph:
 
 def placed(graph: Graph, *config: dict[str, Any], target: Target = TFLITE) -> Plan:
     candidates = [Candidate(f"input:{name}", (name,), "InputLayer", False) for name in graph.inputs]
-    candidates += [Candidate(op.id, (op.layer,), op.type_name, op.kind in ROWS or op.kind == "lstm") for op in graph.ops]
+    candidates += [
+        Candidate(op.id, (op.layer,), op.type_name, op.kind in ROWS or op.kind == "lstm") for op in graph.ops
+    ]
     return place(graph, match(parse(list(config) or None), candidates), target)
 
 

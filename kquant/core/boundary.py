@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from kquant.core.affine import Affine
-from kquant.core.errors import ExportError
+from kquant.core.errors import ExportError, check_choice
 from kquant.core.integer import IntegerModel, IntOp, IntTensor
 
 TYPES = ("float32", "int8", "uint8", "int16")
@@ -20,8 +20,7 @@ def with_boundary(model: IntegerModel, input_type: str, output_type: str) -> Int
     and a zero point 128 higher. Ids and float results of an allowed float op stay as they are.
     """
     for name, value in (("input_type", input_type), ("output_type", output_type)):
-        if value not in TYPES:
-            raise ExportError(name, f"one of {', '.join(TYPES)}", repr(value))
+        check_choice(name, value, TYPES, ExportError)
     tensors = dict(model.tensors)
     ops = list(model.ops)
     inputs = [_input(t, input_type, tensors, ops) for t in model.inputs]

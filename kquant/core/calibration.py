@@ -42,7 +42,12 @@ def batches(data: Any, graph: Graph) -> Iterator[dict[str, np.ndarray]]:
         count = len(next(iter(named.values())))
         data = [{k: v[i : i + size] for k, v in named.items()} for i in range(0, count, size)]
     if not isinstance(data, Iterable):
-        raise CalibrationError("calibration data", "an array of samples or an iterable of batches", type(data).__name__)
+        raise CalibrationError(
+            "calibration data",
+            "an array of samples or an iterable of batches",
+            type(data).__name__,
+            "Pass an array, or a list of batches",
+        )
     count = 0
     for index, batch in enumerate(data):
         yield _feeds(batch, graph, f"calibration batch {index}")
@@ -77,7 +82,12 @@ def _feeds(batch: Any, graph: Graph, where: str) -> dict[str, np.ndarray]:
         if isinstance(x, Mapping):
             missing = [n for n in graph.input_names if n not in x]
             if missing:
-                raise CalibrationError(where, f"a value for every input {list(graph.input_names)}", list(x))
+                raise CalibrationError(
+                    where,
+                    f"a value for every input {list(graph.input_names)}",
+                    list(x),
+                    "Give every input by that name",
+                )
             values = [x[n] for n in graph.input_names]
         else:
             values = list(x) if isinstance(x, (list, tuple)) and len(x) == len(names) and len(names) > 1 else [x]
@@ -87,7 +97,9 @@ def _feeds(batch: Any, graph: Graph, where: str) -> dict[str, np.ndarray]:
     feeds = {n: _array(v, graph, n, where) for n, v in zip(names, values, strict=True)}
     counts = {n: len(v) for n, v in feeds.items()}
     if len(set(counts.values())) > 1:
-        raise CalibrationError(where, "the same number of samples for every input", counts)
+        raise CalibrationError(
+            where, "the same number of samples for every input", counts, "Give every input the same first axis"
+        )
     return feeds
 
 
@@ -96,10 +108,20 @@ def _numbers(value: Any, where: str, what: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except Exception as error:  # whatever the object says of itself (symbolic, ragged, on another device)
-        raise CalibrationError(where, f"numbers for {what}", f"{type(value).__name__}: {error}") from error
+        raise CalibrationError(
+            where,
+            f"numbers for {what}",
+            f"{type(value).__name__}: {error}",
+            "A batch is x, a dict of inputs, or (x, y[, w]): make x an array of numbers",
+        ) from error
     # Number types that numpy does not know (bfloat16) are kind V, and convert.
     if array.dtype.kind not in "biufV" or array.dtype.names:
-        raise CalibrationError(where, f"numbers for {what}", f"{type(value).__name__} of dtype {array.dtype}")
+        raise CalibrationError(
+            where,
+            f"numbers for {what}",
+            f"{type(value).__name__} of dtype {array.dtype}",
+            "A batch is x, a dict of inputs, or (x, y[, w]): make x an array of numbers",
+        )
     return array
 
 
@@ -112,13 +134,28 @@ def _array(value: Any, graph: Graph, name: str, where: str) -> np.ndarray:
         want is None or have == want for have, want in zip(array.shape[1:], tensor.shape[1:], strict=True)
     )
     if not fits:
-        raise CalibrationError(where, f"input {name!r} of shape {tensor.shape} (None: any)", f"shape {array.shape}")
+        raise CalibrationError(
+            where,
+            f"input {name!r} of shape {tensor.shape} (None: any)",
+            f"shape {array.shape}",
+            "A batch has the samples on axis 0; a tuple of x and y is one batch only inside a list: [(x, y)]",
+        )
     if array.shape[0] == 0:
-        raise CalibrationError(where, "at least one sample", f"shape {array.shape}")
+        raise CalibrationError(where, "at least one sample", f"shape {array.shape}", "Leave empty batches out")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise CalibrationError(where, f"finite values for input {name!r}", "NaN or infinity")
+        raise CalibrationError(
+            where,
+            f"finite values for input {name!r}",
+            "NaN or infinity",
+            "Repair or leave out the samples that have them",
+        )
     if array.dtype.kind in "iu" and not np.array_equal(array, given):
-        raise CalibrationError(where, f"whole numbers for input {name!r}, which are looked up", f"dtype {given.dtype}")
+        raise CalibrationError(
+            where,
+            f"whole numbers for input {name!r}, which are looked up",
+            f"dtype {given.dtype}",
+            "Convert the indices to integers, as int32",
+        )
     return array
 
 

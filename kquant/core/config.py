@@ -20,6 +20,7 @@ DEFAULT_BITS = 8
 
 _SELECTORS = ("op_types", "op_names")
 _SETTINGS = ("q_bits", "quant_bits", "quant_types", "quant_scheme", "quant_dtype", "quant_start_step")
+_ALL = 'Pass None, or [{"q_bits": 8, "op_types": ["default"]}], to quantize all that the target can run'
 _KEYS = (*_SELECTORS, *_SETTINGS, "quantizer", "exclude")
 _TYPES = ("weight", "input", "output")
 _DEFAULT_TYPES = ("weight", "output")
@@ -153,10 +154,9 @@ def parse(config_list: Any, *, quantizer: str | None = None) -> tuple[Entry, ...
     if isinstance(config_list, Mapping):
         raise ConfigError("config_list", "expected a list of dicts", repr(config_list), "Put the dict in a list: [...]")
     if not isinstance(config_list, (list, tuple)):
-        raise ConfigError("config_list", "expected a list of dicts or None", repr(config_list))
+        raise ConfigError("config_list", "expected a list of dicts or None", repr(config_list), _ALL)
     if not config_list:
-        fix = 'Pass None, or [{"q_bits": 8, "op_types": ["default"]}], to quantize all that the target can run'
-        raise ConfigError("config_list", "expected at least one entry", repr(config_list), fix)
+        raise ConfigError("config_list", "expected at least one entry", repr(config_list), _ALL)
     return tuple(_parse_entry(index, values, quantizer) for index, values in enumerate(config_list))
 
 
@@ -214,7 +214,7 @@ def _check_selects(entry: Entry, ops: Sequence[Candidate]) -> None:
 
 def _parse_entry(index: int, values: Any, implied: str | None) -> Entry:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"config_list[{index}]", "expected a dict", repr(values))
+        raise ConfigError(f"config_list[{index}]", "expected a dict", repr(values), _ALL)
     raw = _Raw(index, values)
     for key in values:
         if key not in _KEYS:

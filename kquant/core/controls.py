@@ -98,7 +98,12 @@ def estimated_statistics(graph: Graph, data: Any, batches: int | None) -> dict[A
         ConfigError: `batches` that is not a positive integer.
     """
     if batches is not None and (not isinstance(batches, int) or isinstance(batches, bool) or batches < 1):
-        raise ConfigError("batches", "a positive number of batches, or None for all", repr(batches))
+        raise ConfigError(
+            "batches",
+            "a positive number of batches, or None for all",
+            repr(batches),
+            "Pass batches=None for all of the data",
+        )
     found: dict[Any, Statistics] = {}
 
     def visit(op: Op, inputs: list[Any], outputs: list[Any]) -> list[Any] | None:

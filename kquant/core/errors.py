@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 
 class KQuantError(Exception):
@@ -54,14 +54,16 @@ class ArtifactError(KQuantError, ValueError):
     """A file that is truncated, not an artifact, or not the artifact of this model."""
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(
+    name: str, value: object, choices: Collection[str], error: Callable[..., KQuantError] = ConfigError
+) -> None:
     """Refuse an argument that is none of `choices`.
 
     Raises:
-        ConfigError: naming the argument, the choices and the nearest of them.
+        ConfigError: or another `error`, naming the argument, the choices and the nearest of them.
     """
-    if value not in choices:
-        raise ConfigError(
+    if value not in tuple(choices):
+        raise error(
             name, f"one of {', '.join(map(repr, choices))}", repr(value), f"Nearest: {nearest(str(value), choices)}"
         )
 

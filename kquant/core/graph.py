@@ -118,6 +118,7 @@ def _run(op: Op, inputs: list[Any], float_weights: bool) -> list[Any]:
             f"layer {op.layer!r} ({op.type_name})",
             "it must run on the data that were passed",
             f"{type(error).__name__}: {lines[0]}",
+            "Call the float model on the same data: it must accept their shapes and dtypes",
         ) from error
 
 

@@ -59,7 +59,12 @@ class Observer(abc.ABC):
     def merge(self, other: Observer) -> None:
         """Take in all that `other`, an observer of the same kind, has seen; `other` stays as it is."""
         if type(other) is not type(self):
-            raise CalibrationError("observer", f"expected a {type(self).__name__} to merge", type(other).__name__)
+            raise CalibrationError(
+                "observer",
+                f"expected a {type(self).__name__} to merge",
+                type(other).__name__,
+                "Merge observers of one kind and the same settings",
+            )
         self._merge(other)
 
     def range(self, name: str = "tensor") -> tuple[np.float32, np.float32]:
@@ -128,7 +133,12 @@ class EmaObserver(Observer):
     def update_range(self, lo: float, hi: float, name: str = "tensor") -> None:
         """Move the averages towards one batch's range, which may be that of the batch of all replicas."""
         if not -math.inf < lo <= hi < math.inf:
-            raise CalibrationError(f"tensor {name!r}", "expected a finite range with lo <= hi", f"[{lo}, {hi}]")
+            raise CalibrationError(
+                f"tensor {name!r}",
+                "expected a finite range with lo <= hi",
+                f"[{lo}, {hi}]",
+                "Observe finite values only",
+            )
         first = self.lo > self.hi
         self.lo = float(lo) if first else moved(self.lo, float(lo), self.decay)
         self.hi = float(hi) if first else moved(self.hi, float(hi), self.decay)
@@ -276,10 +286,13 @@ def make_observer(name: str, bits: int, symmetric: bool = False, nonneg: bool = 
         ('MseObserver', 'MinMaxObserver')
     """
     if bits not in (*range(1, 9), 16):
-        raise ConfigError("observer", "expected 1 to 8 or 16 bits", bits)
+        raise ConfigError("observer", "expected 1 to 8 or 16 bits", bits, "Use bits from 1 to 8, or 16")
     if symmetric and bits == 1:
         raise ConfigError(
-            "observer", "expected at least 2 bits for a symmetric range; one bit has no positive code", bits
+            "observer",
+            "expected at least 2 bits for a symmetric range; one bit has no positive code",
+            bits,
+            "Use 2 bits, or a range that is not symmetric",
         )
     kind = ("mse" if bits <= 4 else "minmax") if name == "auto" else name
     if kind not in OBSERVERS:
@@ -295,7 +308,9 @@ def _flat(array: npt.ArrayLike) -> Values:
 
 def _finite_range(values: Values, name: str) -> tuple[float, float]:
     if not values.size:
-        raise CalibrationError(f"tensor {name!r}", "expected a batch with at least one value", "an empty array")
+        raise CalibrationError(
+            f"tensor {name!r}", "expected a batch with at least one value", "an empty array", "Leave empty batches out"
+        )
     lo, hi = float(values.min()), float(values.max())  # NaN and infinity both show in the two extremes
     if not (math.isfinite(lo) and math.isfinite(hi)):
         bad = int(values.size - np.isfinite(values).sum())

@@ -1,12 +1,37 @@
-"""What must hold before a trained model is exported, on every target."""
+"""What must hold before a model is quantized, and before a trained one is exported, on every target."""
 
 from __future__ import annotations
 
-from kquant.core.errors import ExportError, some
+from kquant.core.errors import ConfigError, ExportError, ModelError, some
 from kquant.core.graph import Graph
+from kquant.core.int8_spec import Placement, row_of
 from kquant.core.integer import IntegerModel
+from kquant.core.plan import Plan
 from kquant.core.stages import stages
 from kquant.core.target import Target
+
+
+def check_quantizes(plan: Plan) -> None:
+    """Refuse a model, or a config, that leaves nothing to quantize.
+
+    Raises:
+        ModelError: no op of the model has an integer form.
+        ConfigError: the config leaves every op in float.
+    """
+    if all(row_of(op.kind).placement in (Placement.IDENTITY, Placement.OPAQUE) for op in plan.graph.ops):
+        raise ModelError(
+            f"model {plan.graph.name!r}",
+            "a model with at least one quantizable layer",
+            "none",
+            "Hand in the model that holds the layers",
+        )
+    if not plan.integer and not plan.weights:
+        raise ConfigError(
+            "config_list",
+            f"at least one entry that quantizes an op of model {plan.graph.name!r}",
+            "entries that leave every op in float",
+            'Put {"q_bits": 8, "op_types": ["default"]} in front: what no entry matches stays in float',
+        )
 
 
 def check_ranges(graph: Graph) -> None:

@@ -66,5 +66,10 @@ def linear_of(rules: dict[type, Linear], layer: Any) -> Linear:
     rule = rules.get(type(layer))
     if rule is None:
         known = ", ".join(sorted(c.__name__ for c in rules))
-        raise UnsupportedError(f"layer {layer.name!r}", f"its class must be one of {known}", type(layer).__name__)
+        raise UnsupportedError(
+            f"layer {layer.name!r}",
+            f"its class must be one of {known}",
+            type(layer).__name__,
+            "Use one of these classes, or a subclass that calls its call()",
+        )
     return rule

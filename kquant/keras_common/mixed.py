@@ -23,7 +23,12 @@ def check_model(generation: Generation, model: Any, expected: str) -> None:
         ModelError: saying which generation it is of.
     """
     if not isinstance(model, generation.keras.Model):
-        raise ModelError("model", expected, described(model))
+        raise ModelError(
+            "model",
+            expected,
+            described(model),
+            f"Hand in a whole model of {generation.title}",
+        )
 
 
 def check_layer(generation: Generation, layer: Any) -> None:

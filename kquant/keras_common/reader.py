@@ -21,6 +21,7 @@ from kquant.keras_common.generation import Call, Generation, Source
 from kquant.keras_common.masks import Masks
 from kquant.keras_common.mixed import check_layer, check_model
 from kquant.keras_common.regularized import regularized, unchanged
+from kquant.keras_common.subclassed import empty
 
 NOT_IDS = "its ids must be an input of the model that is nothing else"
 
@@ -270,7 +271,7 @@ def read(generation: Generation, model: Any) -> Graph:
         inputs.append(name)
     outputs = reader.function(form, inputs)
     if not reader.ops:
-        raise ModelError(f"model {model.name!r}", "a model with at least one layer", "an empty model")
+        raise empty(model)
     for name in inputs:
         _settle_dtype(reader, name)
     names = tuple(dict.fromkeys(_output_names(generation, form)))

@@ -15,8 +15,15 @@ def not_built(model: Any, received: str, fix: str) -> ModelError:
     return ModelError(f"model {model.name!r}", "it must be built before it is quantized", received, fix)
 
 
+def empty(model: Any) -> ModelError:
+    """The refusal of a model without a layer."""
+    return ModelError(f"model {model.name!r}", "a model with at least one layer", "an empty model", "Add layers to it")
+
+
 def unbuilt_sequential(model: Any) -> ModelError:
-    """The refusal of a Sequential without input shape."""
+    """The refusal of a Sequential without layers, or without input shape."""
+    if not model.layers:
+        return empty(model)
     fix = "Add a keras.Input as first layer, or call build((None, ...)): a call on a batch would fix its size"
     return not_built(model, "a Sequential without input shape", fix)
 

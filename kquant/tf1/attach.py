@@ -182,7 +182,12 @@ class Rewriter:
     def _kernel(self, op: Any, found: Found, spec: WeightSpec) -> None:
         kernel = found.kernel
         if kernel is None:
-            raise ModelError(f"op {op.id!r}", "an op with a kernel", op.kind)
+            raise ModelError(
+                f"op {op.id!r}",
+                "an op with a kernel",
+                op.kind,
+                "Report this graph: an op without a kernel was planned to have one",
+            )
         axes = kernel.axes if spec.per_channel else None
         formula = weight_formula(spec.quantizer, spec.bits, axes)
         scope = f"{scope_of(kernel.op.name)}/kernel/"

@@ -91,7 +91,9 @@ def select(
     if session is not None:
         if not is_session(session) or session.graph is not model.graph:
             what = "a session on another graph" if is_session(session) else type(session).__name__
-            raise ModelError("session", "a tf.compat.v1.Session on this graph", what)
+            raise ModelError(
+                "session", "a tf.compat.v1.Session on this graph", what, "Pass session= with an open session on it"
+            )
         model = replace(model, values=Values(model.graph, session))
     if training is not None:
         model = replace(model, training=bool(training))
@@ -116,7 +118,7 @@ def tensor_of(graph: Any, value: Any, where: str) -> Any:
     """
     name = getattr(value, "name", value)
     if not isinstance(name, str):
-        raise ModelError(where, "a tensor of the graph or its name", repr(value))
+        raise ModelError(where, "a tensor of the graph or its name", repr(value), "Write a name such as 'images:0'")
     try:
         tensor = graph.get_tensor_by_name(name if ":" in name else f"{name}:0")
     except (KeyError, ValueError) as error:
@@ -124,7 +126,12 @@ def tensor_of(graph: Any, value: Any, where: str) -> Any:
         fix = f"Nearest: {nearest(name.split(':')[0], names)}"
         raise ModelError(where, "a tensor of the graph or its name", repr(name), fix) from error
     if isinstance(value, (tf.Tensor, tf.Operation)) and value.graph is not graph:
-        raise ModelError(where, "a tensor of this graph", f"{name!r} of another graph")
+        raise ModelError(
+            where,
+            "a tensor of this graph",
+            f"{name!r} of another graph",
+            "Name a tensor of the graph that is quantized or exported",
+        )
     return tensor
 
 

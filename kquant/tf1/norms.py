@@ -47,7 +47,12 @@ class BatchNorm:
         """
         name = frozen_name(self.name)
         if not any(op.name == name for op in self.values.graph.get_operations()):
-            raise ModelError("graph", "a graph for training", "its evaluation form, in which statistics stand still")
+            raise ModelError(
+                "graph",
+                "a graph for training",
+                "its evaluation form, in which statistics stand still",
+                "Call it on a session of the graph that was built with training=True",
+            )
         self.values.set({name: np.float32(value)})
         self.values.commit()
 

@@ -117,7 +117,12 @@ class Reader:
         outputs = [self._final(t) for t in model.outputs]
         for tensor in outputs:
             if self.matcher.is_parameter(tensor):
-                raise ModelError(f"tensor {tensor.name!r}", "it must depend on the inputs", "a tensor of weights only")
+                raise ModelError(
+                    f"tensor {tensor.name!r}",
+                    "it must depend on the inputs",
+                    "a tensor of weights only",
+                    "Name outputs= that are computed from the inputs",
+                )
             self._walk(tensor)
         self._numbers_are_float()
         names = tuple(map(tensor_id, model.outputs))

@@ -29,7 +29,12 @@ def slots(found: Found, depends: set[str]) -> list[list[Slot]]:
         times = names.count(name)
         if times > 1:
             if len(places) != times:
-                raise ModelError(f"op {found.anchor.name!r}", f"{times} reads of {name!r}", len(places))
+                raise ModelError(
+                    f"op {found.anchor.name!r}",
+                    f"{times} reads of {name!r}",
+                    len(places),
+                    "Build the graph anew: it changed while it was read",
+                )
             places = [places[names[:index].count(name)]]
         result.append(places)
     return result

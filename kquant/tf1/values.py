@@ -103,7 +103,12 @@ class Values:
             if op.type in ("Assign", "AssignVariableOp") and op.inputs[0] is tensor and not op.control_inputs:
                 return op
         if self.graph.finalized or tensor.dtype != tf.resource:
-            raise ModelError(f"variable {name!r}", "a variable with an initializer", "none in the graph")
+            raise ModelError(
+                f"variable {name!r}",
+                "a variable with an initializer",
+                "none in the graph",
+                "Make the variable with tf.compat.v1.get_variable, which gives it one",
+            )
         dtype = tensor.op.get_attr("dtype")
         with self.graph.as_default(), tf.control_dependencies(None), tf.name_scope("kquant/assign/"):
             return tf.raw_ops.AssignVariableOp(resource=tensor, value=tf.compat.v1.placeholder(dtype))
@@ -152,6 +157,11 @@ class Values:
             if op.type == "ReadVariableOp" and not op.control_inputs:
                 return op.outputs[0]
         if self.graph.finalized:
-            raise ModelError(f"variable {name!r}", "a read of the variable without control dependencies", "none")
+            raise ModelError(
+                f"variable {name!r}",
+                "a read of the variable without control dependencies",
+                "none",
+                "Read the variable once outside of tf.control_dependencies",
+            )
         with self.graph.as_default(), tf.control_dependencies(None), tf.name_scope("kquant/read/"):
             return tf.raw_ops.ReadVariableOp(resource=tensor, dtype=tensor.op.get_attr("dtype"))

@@ -188,7 +188,12 @@ class _Subgraph:
         """Activations and weights of a MAC op."""
         x, w, _ = MAC_OPS[op.opcode]
         if len(op.inputs) <= max(x, w) or min(op.inputs[x], op.inputs[w]) < 0 or not op.outputs:
-            raise ArtifactError(self.where, f"{op.opcode} needs activations, weights and an output", op.inputs)
+            raise ArtifactError(
+                self.where,
+                f"{op.opcode} needs activations, weights and an output",
+                op.inputs,
+                "The file is damaged: write or download it again",
+            )
         return self.model.tensors[op.inputs[x]], self.model.tensors[op.inputs[w]]
 
     def _weights(self, op: FileOp) -> FileTensor | None:
@@ -219,7 +224,12 @@ class _Subgraph:
             macs = MAC_RULES[op.opcode](x.shape, w.shape, y.shape, op)
         except IndexError:
             received = f"{list(x.shape)}, {list(w.shape)}"
-            raise ArtifactError(self.where, f"{op.opcode} needs shapes of the right rank", received) from None
+            raise ArtifactError(
+                self.where,
+                f"{op.opcode} needs shapes of the right rank",
+                received,
+                "The file is damaged: write or download it again",
+            ) from None
         return macs // self.batch if y.shape and y.shape[0] % self.batch == 0 else macs
 
 

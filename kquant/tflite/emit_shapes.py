@@ -126,7 +126,7 @@ def _resize(e: Emitter, op: IntOp) -> None:
     shape = e.shape(op.outputs[0])
     size = (1, shape[1]) if rank == 1 else shape[1:3]
     if None in size:
-        raise UnsupportedError(f"layer {op.id!r}", RESIZED, shape)
+        raise UnsupportedError(f"layer {op.id!r}", RESIZED, shape, "State the size as integers")
     fields = {
         "alignCorners": op.attrs.get("align_corners", False),
         "halfPixelCenters": op.attrs.get("half_pixel", True),

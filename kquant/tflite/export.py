@@ -86,7 +86,7 @@ def export_tflite(
     start = time.perf_counter()
     for name, value in (("allow_float", allow_float), ("weights_only", weights_only)):
         if not isinstance(value, bool):
-            raise ExportError(name, "True or False", repr(value))
+            raise ExportError(name, "True or False", repr(value), "Pass a bool")
     if weights_only:
         model, allow_float = weights_only_form(quantized_graph(qmodel, inputs, outputs)), True
     else:
@@ -97,7 +97,12 @@ def export_tflite(
     data = encode(Emitter(with_boundary(model, input_type, output_type), description).build())
     report = audit_bytes(data, str(path))
     if not report.fully_integer and not allow_float:
-        raise ExportError(f"model {model.name!r}", "a fully integer file", str(report.float_ops))
+        raise ExportError(
+            f"model {model.name!r}",
+            "a fully integer file",
+            str(report.float_ops),
+            "Name these ops in an entry of config_list, or pass allow_float=True",
+        )
     save(data, path)
     return ExportReport(
         str(path),

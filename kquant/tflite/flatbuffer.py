@@ -164,7 +164,10 @@ def encode(model: FileModel) -> bytes:
 
     if model.other_subgraphs:
         raise ExportError(
-            "tflite file", "a model of one subgraph can be written", f"{model.other_subgraphs + 1} subgraphs"
+            "tflite file",
+            "a model of one subgraph can be written",
+            f"{model.other_subgraphs + 1} subgraphs",
+            "Write its primary subgraph alone",
         )
     s = schema()
     file = s.ModelT(version=SCHEMA_VERSION, description=model.description)
@@ -187,7 +190,9 @@ def encode(model: FileModel) -> bytes:
         builder = flatbuffers.Builder(buffers.size + 4096 + 512 * (count + len(model.ops)))
         builder.Finish(file.Pack(builder), FILE_IDENTIFIER)
     except (struct.error, TypeError, ValueError, OverflowError, flatbuffers.builder.BuilderSizeError) as e:
-        raise ExportError("tflite file", "the model must fit the schema", e) from e
+        raise ExportError(
+            "tflite file", "the model must fit the schema", e, "Correct the tensor or op that the reason names"
+        ) from e
     return bytes(builder.Output())
 
 
@@ -239,7 +244,7 @@ class _Buffers:
 def _tensor_out(tensor: FileTensor, buffers: _Buffers) -> Any:
     s, where = schema(), f"tensor {tensor.name!r}"
     if tensor.dtype.upper() not in _enum("TensorType"):
-        raise ExportError(where, "dtype must be one of the schema's", repr(tensor.dtype))
+        raise ExportError(where, "dtype must be one of the schema's", repr(tensor.dtype), "Use a dtype of the schema")
     quantization = None
     if tensor.scale is not None:
         zero = np.zeros(np.size(tensor.scale)) if tensor.zero_point is None else tensor.zero_point
@@ -267,10 +272,17 @@ def _raw(tensor: FileTensor, where: str) -> np.ndarray:
     expected = np.dtype(np.uint8 if raw_type else np.int8 if tensor.dtype == "int4" else tensor.dtype)
     if data.dtype != expected or (not raw_type and np.shape(tensor.data) != tuple(tensor.shape)):
         received = f"{data.dtype} {np.shape(tensor.data)}"
-        raise ExportError(where, f"its constant must be {expected} of shape {tuple(tensor.shape)}", received)
+        raise ExportError(
+            where,
+            f"its constant must be {expected} of shape {tuple(tensor.shape)}",
+            received,
+            "Convert the array to that dtype and shape",
+        )
     if tensor.dtype == "int4":
         if data.size and (data.min() < -8 or data.max() > 7):
-            raise ExportError(where, "int4 codes must lie in -8..7", f"{data.min()}..{data.max()}")
+            raise ExportError(
+                where, "int4 codes must lie in -8..7", f"{data.min()}..{data.max()}", "Store the codes as int8"
+            )
         return pack_int4(data)
     return data.reshape(-1).view(np.uint8)
 
@@ -278,7 +290,9 @@ def _raw(tensor: FileTensor, where: str) -> np.ndarray:
 def _indices(indices: tuple[int, ...], count: int, where: str, low: int = 0) -> list[int]:
     for i in indices:
         if not low <= i < count:
-            raise ExportError(where, f"tensor indices must lie in {low}..{count - 1}", i)
+            raise ExportError(
+                where, f"tensor indices must lie in {low}..{count - 1}", i, "Add the tensor before the op that names it"
+            )
     return list(map(int, indices))
 
 
@@ -296,12 +310,17 @@ def _op_out(op: FileOp, code: int, count: int) -> Any:
         first, second = _enum("BuiltinOptions"), _enum("BuiltinOptions2")
         if name not in first and name not in second:
             raise ExportError(
-                where, f"options must be a class of the schema, such as {nearest(name, first)}", repr(name)
+                where,
+                f"options must be a class of the schema, such as {nearest(name, first)}",
+                repr(name),
+                "Use that spelling",
             )
         options = getattr(s, name + "T")()
         for key, value in fields.items():
             if key not in vars(options):
-                raise ExportError(where, f"{name} has the fields {sorted(vars(options))}", repr(key))
+                raise ExportError(
+                    where, f"{name} has the fields {sorted(vars(options))}", repr(key), "Use one of these fields"
+                )
             setattr(options, key, value)
         if name in first:
             out.builtinOptionsType, out.builtinOptions = first[name], options
@@ -314,7 +333,12 @@ def _opcode_out(opcode: str, version: int) -> Any:
     kind, _, custom = opcode.partition(":")
     known = _enum("BuiltinOperator")
     if kind not in known or (kind == "CUSTOM") != bool(custom):
-        raise ExportError(f"op {opcode}", f"an opcode must be in the schema, such as {nearest(kind, known)}", opcode)
+        raise ExportError(
+            f"op {opcode}",
+            f"an opcode must be in the schema, such as {nearest(kind, known)}",
+            opcode,
+            "Use a builtin op of the schema",
+        )
     code = known[kind]
     old = min(code, LARGEST_OLD_OPCODE)
     return schema().OperatorCodeT(
@@ -329,7 +353,12 @@ def _signature_out(model: FileModel) -> list[Any] | None:
     sides = ((model.inputs, model.input_names, "input"), (model.outputs, model.output_names, "output"))
     for indices, names, side in sides:
         if len(indices) != len(names) or len(set(names)) != len(names):
-            raise ExportError(f"signature {side}s", f"{len(indices)} different names", list(names))
+            raise ExportError(
+                f"signature {side}s",
+                f"{len(indices)} different names",
+                list(names),
+                "Give every input and every output a name of its own",
+            )
     maps = [[s.TensorMapT(name=n, tensorIndex=i) for i, n in zip(idx, names, strict=True)] for idx, names, _ in sides]
     return [s.SignatureDefT(inputs=maps[0], outputs=maps[1], signatureKey=SIGNATURE_KEY, subgraphIndex=0)]
 
@@ -353,7 +382,12 @@ def decode_all(data: bytes, where: str = "tflite file") -> list[FileModel]:
 
     if len(data) < 8 or bytes(data[4:8]) != FILE_IDENTIFIER:
         what = "an empty file" if not data else f"{len(data)} bytes starting with {bytes(data[:8])!r}"
-        raise ArtifactError(where, "a TFLite file is expected (identifier TFL3 at byte 4)", what)
+        raise ArtifactError(
+            where,
+            "a TFLite file is expected (identifier TFL3 at byte 4)",
+            what,
+            "Give the path of a .tflite file that was written whole",
+        )
     try:
         return Reader(bytes(data), where).models()
     except KQuantError:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kquant.core.affine import round_half_up
-from kquant.core.errors import ArtifactError, nearest
+from kquant.core.errors import ArtifactError, check_choice, nearest
 from kquant.core.files import read_bytes
 from kquant.tflite.flatbuffer import RAW_BITS, FileModel, FileTensor, decode, encode
 
@@ -47,16 +47,18 @@ class Port:
         """What the tensor holds for real values `x`: codes `floor(x/s + 0.5) + zp`, saturated, if it is quantized."""
         where = f"{where}, input {self.name!r}"
         if self.tensor.dtype in RAW_BITS or self.tensor.dtype == "int4":
-            raise ArtifactError(where, "an input of a type that numpy has is expected", self.tensor.dtype)
+            fix = "Run the file with the LiteRT interpreter itself"
+            raise ArtifactError(where, "an input of a type that numpy has is expected", self.tensor.dtype, fix)
+        fix = "Convert the input to an array of finite numbers"
         try:
             array = np.asarray(x)
         except (ValueError, TypeError) as e:
-            raise ArtifactError(where, "an array is expected", e) from e
+            raise ArtifactError(where, "an array is expected", e, fix) from e
         if array.dtype.kind not in "biuf":
-            raise ArtifactError(where, "an array of numbers is expected", f"dtype {array.dtype}")
+            raise ArtifactError(where, "an array of numbers is expected", f"dtype {array.dtype}", fix)
         self._check_shape(array.shape, where)
         if array.dtype.kind == "f" and np.isnan(array).any():
-            raise ArtifactError(where, "values must not be NaN", f"{int(np.isnan(array).sum())} NaN")
+            raise ArtifactError(where, "values must not be NaN", f"{int(np.isnan(array).sum())} NaN", fix)
         dtype = np.dtype(self.tensor.dtype)
         if self.quantized:
             info = np.iinfo(dtype)
@@ -68,7 +70,9 @@ class Port:
             info, fraction = np.iinfo(dtype), array.dtype.kind == "f" and (array != np.floor(array)).any()
             if fraction or array.min() < info.min or array.max() > info.max:
                 received = f"{array.dtype} from {array.min()} to {array.max()}"
-                raise ArtifactError(where, f"whole numbers that {dtype} holds are expected", received)
+                raise ArtifactError(
+                    where, f"whole numbers that {dtype} holds are expected", received, "Convert the input to that type"
+                )
         return array.astype(dtype)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -83,9 +87,14 @@ class Port:
             e in (-1, n) for e, n in zip(expected[1:], shape[1:], strict=True)
         )
         if not rest_fits:
-            raise ArtifactError(where, f"shape {_batched(expected)} is expected", shape)
+            raise ArtifactError(
+                where,
+                f"shape {_batched(expected)} is expected",
+                shape,
+                "Give a batch of that shape; a single sample as x[None]",
+            )
         if shape and shape[0] == 0:
-            raise ArtifactError(where, "at least one sample is expected", shape)
+            raise ArtifactError(where, "at least one sample is expected", shape, "Leave empty batches out")
 
 
 def _batched(shape: Sequence[int]) -> str:
@@ -169,7 +178,12 @@ def run_all(
     """
     model = decode(data, where)
     if model.other_subgraphs:
-        raise ArtifactError(where, "a file of one subgraph is expected", f"{model.other_subgraphs + 1} subgraphs")
+        raise ArtifactError(
+            where,
+            "a file of one subgraph is expected",
+            f"{model.other_subgraphs + 1} subgraphs",
+            "Only files of kquant.export_tflite are run op by op",
+        )
     computed = dict.fromkeys([*model.outputs, *(i for op in model.ops for i in op.outputs)])
     keys: dict[int, str] = {}
     for i in (*model.inputs, *computed):
@@ -189,8 +203,7 @@ class _Session:
     """An interpreter and what is needed to feed it."""
 
     def __init__(self, data: bytes, model: FileModel, where: str, num_threads: int, kernels: str):
-        if kernels not in KERNELS:
-            raise ArtifactError(f"kernels={kernels!r}", f"one of {nearest(kernels, KERNELS)} is expected", kernels)
+        check_choice("kernels", kernels, KERNELS, ArtifactError)
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
         self.where = where
@@ -211,20 +224,37 @@ class _Session:
         if isinstance(x, Mapping):
             for name in x:
                 if name not in names:
-                    raise ArtifactError(self.where, f"inputs are named {nearest(str(name), names)}", repr(name))
+                    raise ArtifactError(
+                        self.where, f"inputs are named {nearest(str(name), names)}", repr(name), "Use that name"
+                    )
             missing = [n for n in names if n not in x]
             if missing:
-                raise ArtifactError(self.where, f"a value for each of {names} is expected", f"none for {missing}")
+                raise ArtifactError(
+                    self.where,
+                    f"a value for each of {names} is expected",
+                    f"none for {missing}",
+                    "Give every input by that name",
+                )
             values = [x[n] for n in names]
         else:
             several = isinstance(x, list | tuple) and (len(names) != 1 or self._is_one_input(x))
             values = list(x) if several else [x]
         if len(values) != len(names):
-            raise ArtifactError(self.where, f"{len(names)} inputs are expected: {names}", f"{len(values)} inputs")
+            raise ArtifactError(
+                self.where,
+                f"{len(names)} inputs are expected: {names}",
+                f"{len(values)} inputs",
+                "Pass a list in that order, or a dict by name",
+            )
         codes = [p.encode(v, self.where) for p, v in zip(self.inputs, values, strict=True)]
         if len({p.shape[:1] for p in self.inputs}) == 1 and len({c.shape[:1] for c in codes}) > 1:
             counts = {p.name: len(c) for p, c in zip(self.inputs, codes, strict=True)}
-            raise ArtifactError(self.where, "all inputs must have the same number of samples", counts)
+            raise ArtifactError(
+                self.where,
+                "all inputs must have the same number of samples",
+                counts,
+                "Give every input the same first axis",
+            )
         return codes
 
     def _is_one_input(self, x: Sequence[Any]) -> bool:
@@ -257,9 +287,19 @@ class _Session:
             return samples
         if len(set(expected)) != 1 or not (split or whole):
             shapes = [p.shape for p in self.inputs]
-            raise ArtifactError(self.where, f"exactly the shapes {shapes} are expected", [c.shape for c in codes])
+            raise ArtifactError(
+                self.where,
+                f"exactly the shapes {shapes} are expected",
+                [c.shape for c in codes],
+                "The file has a fixed batch: give arrays of these shapes",
+            )
         if whole and samples % expected[0][0]:
-            raise ArtifactError(self.where, f"a multiple of its batch of {expected[0][0]} is expected", samples)
+            raise ArtifactError(
+                self.where,
+                f"a multiple of its batch of {expected[0][0]} is expected",
+                samples,
+                "Pad the batch, or export the model without a fixed batch size",
+            )
         return expected[0][0]
 
     def _invoke(self, codes: list[np.ndarray]) -> dict[int, np.ndarray]:

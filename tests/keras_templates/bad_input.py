@@ -105,6 +105,13 @@ def test_config(case, model):
     assert_unchanged(model, before)
 
 
+def test_a_config_that_quantizes_nothing(model):
+    words = ("config_list", "at least one entry that quantizes", '"default"', "leave every op in float")
+    config = [{"op_names": ["head"], "exclude": True}]
+    refused(ConfigError, words, kquant.quantize_model, model, config, calibration_data=X)
+    assert {row.output for row in kquant.plan(model, config).rows} == {"float"}
+
+
 def assert_unchanged(model: keras.Model, before: list[np.ndarray]) -> None:
     assert [layer.name for layer in model.layers] == ["x", "body", "flat", "head"]
     assert model.get_layer("body").activation is keras.activations.relu
@@ -151,7 +158,7 @@ def _empty() -> keras.Model:
 
 MODELS = {
     "empty": (_empty, ("'nothing'", "at least one layer", "empty")),
-    "empty Sequential": (lambda: keras.Sequential(name="none"), ("'none'", "built", "keras.Input")),
+    "empty Sequential": (lambda: keras.Sequential(name="none"), ("'none'", "at least one layer", "an empty model")),
     "not built": (lambda: keras.Sequential([layers.Dense(3)], name="raw"), ("'raw'", "built", "keras.Input")),
     "subclass not called": (Undecided, ("'undecided'", "built", "Call the model")),
     "value-dependent call": (lambda: _called(Undecided()), ("'undecided'", "symbolic")),

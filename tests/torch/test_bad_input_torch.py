@@ -52,6 +52,8 @@ def test_models():
     broken = mlp()
     broken[0].weight.data[0, 0] = float("inf")
     refuses(kt.ModelError, r"parameter '0.weight'.*finite", model=broken)
+    config = [{"op_types": ["Linear"], "exclude": True}]
+    refuses(kt.ConfigError, "at least one entry that quantizes", config_list=config)
     refuses(kt.ModelError, "at least one quantizable layer", model=nn.Sequential(nn.Identity(), nn.Dropout()))
     qmodel = kt.wrap(mlp(), example_inputs=X)
     refuses(kt.ModelError, "already wrapped", model=qmodel)

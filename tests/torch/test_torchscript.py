@@ -255,7 +255,7 @@ def test_both_backends_hold_the_same_codes_and_give_the_same_values(tmp_path):
     ("options", "error", "words"),
     [
         ({"backend": "fbgemm"}, ExportError, "backend: one of"),
-        ({"input_type": "int8"}, ExportError, "input_type: one of float32, uint8"),
+        ({"input_type": "int8"}, ExportError, "input_type: one of 'float32', 'uint8'"),
         ({"example_inputs": None}, ModelError, "example_inputs"),
         ({"example_inputs": images()[0]}, ModelError, "a tensor of 4 axes"),
         ({"example_inputs": images().double()}, ModelError, "dtype float32"),
