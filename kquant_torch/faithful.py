@@ -107,6 +107,7 @@ def _run_examples(model: nn.Module, values: Mapping[str, torch.Tensor], names: s
             "example_inputs",
             "inputs that the model can be called on",
             f"{shapes}; the model raised {type(error).__name__}: {first}",
+            "Pass a batch that the float model accepts",
         ) from error
 
 

@@ -257,7 +257,12 @@ class Reader:
                 )
             found += [v for v in pytree.tree_leaves(self.values[value]) if v is not None]
         if not found:
-            raise ModelError(f"model {type(self.model).__name__}", "a tensor among its outputs", str(node.args[0]))
+            raise ModelError(
+                f"model {type(self.model).__name__}",
+                "a tensor among its outputs",
+                str(node.args[0]),
+                "Return at least one tensor that depends on the inputs",
+            )
         return found
 
     def _node(self, node: fx.Node) -> None:
