@@ -14,8 +14,6 @@ from torch import nn
 
 import kquant_torch
 
-BATCH = 100
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -35,6 +33,7 @@ class Recipe:
         mix: up to this share of another image is mixed into each (Zhang et al. 2018, mixup): on what it has not learned
             by heart the float model's probabilities say more.
         bound: kernels stay within the largest weights that they began with, so that no grid grows from one weight.
+        batch: images in a step.
         epochs: over the training images.
     """
 
@@ -45,6 +44,7 @@ class Recipe:
     shift: int = 2
     mix: float = 0.0
     bound: bool = False
+    batch: int = 100
     epochs: int = 4
 
 
@@ -100,7 +100,9 @@ def _features_apart(qmodel: nn.Module, teacher: nn.Module) -> torch.Tensor:
     return torch.stack([F.mse_loss(mine, theirs) / theirs.square().mean() for mine, theirs in pairs]).sum()
 
 
-def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Recipe, seed: int) -> None:
+def finetune(
+    qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Recipe, seed: int, times: float = 1.0
+) -> None:
     """Train a wrapped model in place, in an ordinary loop.
 
     Args:
@@ -109,9 +111,10 @@ def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Rec
         x: images as the models take them.
         recipe: how.
         seed: of shuffling and augmentation.
+        times: what both models' outputs are multiplied by to be logits.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = recipe.epochs * math.ceil(len(x) / BATCH)
+    steps = recipe.epochs * math.ceil(len(x) / recipe.batch)
     optimizer = torch.optim.Adam(qmodel.parameters(), recipe.rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     limits = largest_weights(qmodel) if recipe.bound else {}
@@ -120,13 +123,13 @@ def finetune(qmodel: nn.Module, teacher: nn.Module, x: torch.Tensor, recipe: Rec
         kquant_torch.freeze_observers(qmodel)
     done = 0
     for _ in range(recipe.epochs):
-        for chosen in torch.randperm(len(x), generator=generator).split(BATCH):
+        for chosen in torch.randperm(len(x), generator=generator).split(recipe.batch):
             if done >= recipe.freeze_batch_norm * steps:
                 kquant_torch.freeze_batch_norm(qmodel)
             images = mixed(varied(x[chosen], recipe.shift, generator).contiguous(), recipe.mix, generator)
             with torch.no_grad():
-                wanted = teacher(images).softmax(1)
-            loss = F.cross_entropy(qmodel(images), wanted)
+                wanted = (times * teacher(images)).softmax(1)
+            loss = F.cross_entropy(times * qmodel(images), wanted)
             if recipe.features:
                 loss = loss + recipe.features * _features_apart(qmodel, teacher)
             optimizer.zero_grad(set_to_none=True)

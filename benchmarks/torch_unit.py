@@ -1,8 +1,9 @@
-"""A ResNet whose activations lie in [0, 1], which is what DoReFa clips to: the same function on other scales.
+"""A ResNet that DoReFa changes little before it rounds: the same function on other scales.
 
-Batch norm is free to scale what it gives, and takes any scale back from what it is given; so dividing gamma and beta
-behind one convolution, and the running statistics behind the next, changes no output. The sums of a residual network
-share one scale.
+DoReFa clips activations to [0, 1], and takes tanh of a kernel before it gives it the largest weight 1 (Zhou et al.
+2016, equations 9 and 11). Batch norm is free to scale what it gives, and takes any scale back from what it is given; so
+dividing gamma and beta behind one convolution, and the running statistics behind the next, changes no output. The sums
+of a residual network share one scale. No batch norm follows the last layer: what it gives are the logits by a factor.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 SHARE = 0.999  # of the activations that the interval is to cover
+KERNEL = 0.5  # a kernel's largest weight: up to there tanh bends by 8 % at most
 
 
 def _reach(values: list[torch.Tensor]) -> float:
@@ -23,11 +25,13 @@ def _reach(values: list[torch.Tensor]) -> float:
     )
 
 
-def within_unit(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    """A copy of a `torch_resnet` network with the same outputs, but for the batch norms' epsilon.
+def within_unit(model: nn.Module, x: torch.Tensor) -> tuple[nn.Module, float]:
+    """A copy of a `torch_resnet` network, and what its outputs are to be multiplied by to be the same logits.
+
+    They are the same but for the batch norms' epsilon.
 
     Args:
-        model: with `bn1`, blocks of `bn1` and `bn2`, and `linear`.
+        model: with `conv1`, `bn1`, blocks of `conv1`, `bn1`, `conv2` and `bn2`, and `linear`.
         x: samples that show how large activations are.
     """
     model = copy.deepcopy(model).eval()
@@ -41,18 +45,22 @@ def within_unit(model: nn.Module, x: torch.Tensor) -> nn.Module:
         hook.remove()
     stream = _reach([y for m in (model.bn1, *blocks) for y in seen[m]])
     with torch.no_grad():
-        _scale(model.bn1, 1.0, stream)
+        _scale(model.conv1, model.bn1, 1.0, stream)
         for block in blocks:
             inner = _reach(seen[block.bn1])
-            _scale(block.bn1, stream, inner)
-            _scale(block.bn2, inner, stream)
-        model.linear.weight.mul_(stream)
-    return model
+            _scale(block.conv1, block.bn1, stream, inner)
+            _scale(block.conv2, block.bn2, inner, stream)
+        largest = model.linear.weight.abs().max()
+        model.linear.weight.div_(largest)
+        model.linear.bias.div_(stream * largest)
+    return model, float(stream * largest)
 
 
-def _scale(norm: nn.Module, given: float, gives: float) -> None:
-    """Let a batch norm take what is divided by `given`, and divide what it gives by `gives`."""
-    norm.running_mean.div_(given)
-    norm.running_var.div_(given**2)
+def _scale(conv: nn.Module, norm: nn.Module, given: float, gives: float) -> None:
+    """Let a convolution take what is divided by `given`, and divide what its batch norm gives by `gives`."""
+    share = KERNEL / conv.weight.abs().max()
+    conv.weight.mul_(share)
+    norm.running_mean.mul_(share / given)
+    norm.running_var.mul_((share / given) ** 2)
     norm.weight.div_(gives)
     norm.bias.div_(gives)
