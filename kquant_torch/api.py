@@ -20,6 +20,7 @@ from kquant.core.placement import place
 from kquant.core.plan import Plan
 from kquant.core.ready import check_quantizes
 from kquant_torch.attach import attach
+from kquant_torch.calls import undisturbed
 from kquant_torch.data import arrays_of
 from kquant_torch.read import Reading, read, read_code
 from kquant_torch.root import is_quantized
@@ -118,6 +119,8 @@ def _check_input(what: Any, value: Any, device: str | None, name: str) -> None:
     if not isinstance(value, torch.Tensor):
         return
     where = f"example_inputs[{what!r}]"
+    if value.layout is not torch.strided:
+        raise ModelError(where, "a dense tensor", str(value.layout), "Call .to_dense() on it")
     if value.is_complex():
         raise ModelError(where, "real numbers", str(value.dtype), "Complex tensors have no codes")
     if value.is_floating_point() and value.dtype != torch.float32:
@@ -140,6 +143,7 @@ def _check_input(what: Any, value: Any, device: str | None, name: str) -> None:
         raise ModelError(where, "finite values", "NaN or infinity", "Pass other samples")
 
 
+@undisturbed
 def plan(
     model: nn.Module,
     config_list: Any = None,
@@ -160,6 +164,7 @@ def plan(
     return _placed(_read(copy.deepcopy(model), example_inputs)[0], config_list, quantizer, portable, target)
 
 
+@undisturbed
 def wrap(
     model: nn.Module,
     config_list: Any = None,
@@ -205,6 +210,14 @@ def wrap(
     )
 
 
+@undisturbed
+def _quantize_in_place(
+    model: nn.Module, config_list: Any, quantizer: str, example_inputs: Any, *rest: Any
+) -> nn.Module:
+    _check_model(model, example_inputs)
+    return _quantize(model, config_list, quantizer, example_inputs, *rest)
+
+
 def _quantize(
     model: nn.Module, config_list: Any, quantizer: str | None, example_inputs: Any, calibration_data: Any,
     observer: str, portable: bool, target: str,
@@ -218,6 +231,7 @@ def _quantize(
     return quantized
 
 
+@undisturbed
 def calibrate(qmodel: nn.Module, calibration_data: Any, observer: str = "auto") -> None:
     """Set the activation ranges of a wrapped model from data.
 
@@ -256,8 +270,7 @@ class _Quantizer:
         """
         if example_inputs is None:
             example_inputs, calibration_data = _first_batch(calibration_data)
-        _check_model(model, example_inputs)
-        return _quantize(
+        return _quantize_in_place(
             model, self.config_list, self.kind, example_inputs, calibration_data, observer, portable, target
         )
 

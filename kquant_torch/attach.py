@@ -320,6 +320,9 @@ def _check_weights(plan: Plan, model: nn.Module) -> dict[str, tuple[int, ...] | 
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(f"parameter {name!r}", "finite weights", "NaN or infinity", "Repair the float model first")
+    for name, buffer in model.named_buffers():  # a mask may be infinite
+        if torch.isnan(buffer).any():
+            raise ModelError(f"buffer {name!r}", "values that are not NaN", "NaN", "Repair the float model first")
     users: dict[int, list[Op]] = {}
     axes: dict[str, tuple[int, ...] | None] = {}
     for op in plan.graph.ops:

@@ -11,6 +11,7 @@ from torch import nn
 
 from kquant.core.controls import Controlled, estimated_statistics, freeze_ranges, set_frozen
 from kquant.core.errors import ModelError
+from kquant_torch.calls import check_bare, undisturbed
 from kquant_torch.data import arrays_of
 from kquant_torch.fake_quantize import quantizers_of
 from kquant_torch.norms import FreezableNorm
@@ -23,6 +24,7 @@ def controlled(qmodel: nn.Module) -> Controlled:
     Raises:
         ModelError: not a module, or one without quantizers.
     """
+    check_bare(qmodel)
     if not isinstance(qmodel, nn.Module):
         raise ModelError(
             "model", "a wrapped torch.nn.Module", type(qmodel).__name__, "Hand in what kquant_torch.wrap returned"
@@ -77,6 +79,7 @@ def unfreeze_batch_norm(qmodel: nn.Module) -> int:
     return set_frozen(controlled(qmodel).batch_norms, 0.0)
 
 
+@undisturbed
 def reestimate_batch_norm(qmodel: nn.Module, data: Any, batches: int | None = None) -> int:
     """Set the running statistics of all batch norms to their exact average over batches of data.
 

@@ -21,6 +21,7 @@ from kquant.core.target import Target
 from kquant_torch.archive import encode
 from kquant_torch.audit import audit_bytes
 from kquant_torch.backends import CHOICES, backend_for
+from kquant_torch.calls import undisturbed
 from kquant_torch.emit import Backend, Emitter
 from kquant_torch.faithful import check_export
 from kquant_torch.target import ONEDNN, PORTABLE, TARGETS
@@ -64,6 +65,7 @@ def is_portable(model: IntegerModel) -> bool:
     return all(int(np.abs(w.codes.astype(np.int16)).max(initial=0)) <= PORTABLE for w in weights)
 
 
+@undisturbed
 def export_torchscript(
     qmodel: Any,
     path: str | os.PathLike,
@@ -137,6 +139,13 @@ def write(
     )  # fmt: skip
 
 
+def _check_values(name: str, value: Any) -> None:
+    found = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    if found.size == 0 or (found.dtype.kind == "f" and not np.isfinite(found).all()):
+        received = f"shape {found.shape}" if found.size == 0 else "NaN or infinity"
+        raise ModelError(f"example_inputs, {name!r}", "finite values of at least one sample", received)
+
+
 def check_inputs(graph: Graph, example_inputs: Any) -> None:
     """Refuse example inputs that the graph does not take: another number, rank, or dtype.
 
@@ -158,6 +167,7 @@ def check_inputs(graph: Graph, example_inputs: Any) -> None:
         )
     for name, value in zip(graph.inputs, values, strict=True):
         expected = graph.tensors[name]
+        _check_values(name, value)
         shape, dtype = tuple(getattr(value, "shape", ())), str(getattr(value, "dtype", type(value).__name__))
         if len(shape) != len(expected.shape) or dtype.removeprefix("torch.") != expected.dtype:
             raise ModelError(

@@ -17,6 +17,7 @@ from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
 from kquant.core.parity import TIE
 from kquant.core.ready import check_integer
 from kquant.core.reports import ExportReport
+from kquant_torch.calls import undisturbed
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import BOUNDARY, check_inputs, integer_model, quantized_graph
 from kquant_torch.faithful import check_export
@@ -26,6 +27,7 @@ from kquant_torch.run import as_codes, as_fed
 PRODUCER = "kquant"
 
 
+@undisturbed
 def export_onnx(
     qmodel: Any,
     path: str | os.PathLike,

@@ -19,6 +19,7 @@ from kquant.core.parameters import Found, Grid, compare_grids, compare_weight
 from kquant.core.ready import check_integer
 from kquant.core.reports import ExportReport
 from kquant_torch.audit import LEAST_TORCH
+from kquant_torch.calls import undisturbed
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import BOUNDARY, check_inputs, integer_model, quantized_graph
 from kquant_torch.faithful import check_export
@@ -29,6 +30,7 @@ from kquant_torch.target import ONEDNN
 FACTS = "kquant.json"
 
 
+@undisturbed
 def export_program(
     qmodel: Any,
     path: str | os.PathLike,

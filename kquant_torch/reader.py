@@ -42,6 +42,7 @@ class Reader:
     def __init__(self, model: nn.Module, code: fx.Graph, training_only: frozenset[str], names: Sequence[Name]):
         self.model, self.code, self.training_only = model, code, training_only
         self.given = list(names)
+        self.is_complete = True  # whether `code` is all that the model does
         self.names: list[Name] = []
         self.ops: list[Op] = []
         self.tensors: dict[str, Tensor] = {}
@@ -249,6 +250,8 @@ class Reader:
             if not isinstance(value, fx.Node) or not self.is_tensor(value):
                 continue  # None, a number: part of what the module gives, and no tensor of the artifact
             if not self.is_data(value):
+                if not self.is_complete:
+                    continue  # it comes from code that nobody could look into
                 raise ModelError(
                     f"model {type(self.model).__name__}",
                     "outputs that are computed from its inputs",
@@ -256,7 +259,7 @@ class Reader:
                     "Return tensors that depend on the inputs",
                 )
             found += [v for v in pytree.tree_leaves(self.values[value]) if v is not None]
-        if not found:
+        if not found and self.is_complete:
             raise ModelError(
                 f"model {type(self.model).__name__}",
                 "a tensor among its outputs",

@@ -118,14 +118,25 @@ class Artifact:
         """
         values = self._values(x)
         are_arrays = not any(isinstance(v, torch.Tensor) for v in values)
-        tensors = [torch.as_tensor(v) for v in values]
+        try:
+            tensors = [torch.as_tensor(v) for v in values]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArtifactError(self.where, "tensors or arrays", ", ".join(type(v).__name__ for v in values)) from error
         for name, tensor in zip(self.input_names, tensors, strict=True):
             self._check(name, tensor)
-        with torch.no_grad():
-            made = self._module(*tensors)
+        made = self._run(tensors)
         results = list(made) if isinstance(made, tuple) else [made]
         results = [r.numpy() for r in results] if are_arrays else results
         return results if len(results) > 1 else results[0]
+
+    def _run(self, tensors: list[torch.Tensor]) -> Any:
+        try:
+            with torch.no_grad():
+                return self._module(*tensors)
+        except RuntimeError as error:
+            sizes = {n: tuple(t.shape) for n, t in zip(self.input_names, tensors, strict=True)}
+            last = (str(error).strip().splitlines() or [""])[-1]
+            raise ArtifactError(self.where, "inputs of sizes that its kernels take", f"{sizes}: {last}") from error
 
     def _values(self, x: Any) -> list[Any]:
         if isinstance(x, Mapping):

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812  the name that everybody uses
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from kquant.core.errors import ModelError
+from kquant.core.errors import ModelError, UnsupportedError
 from kquant_torch.modes import follow_mode
 from kquant_torch.tracer import NotTraceable, Tracer, in_mode, larger
 
@@ -45,7 +45,12 @@ class Inputs:
         for name, value in self.values.items():
             kind = self.signature.parameters[name].kind
             if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-                raise NotTraceable(f"forward takes *args or **kwargs ({name})")
+                raise UnsupportedError(
+                    f"model {type(model).__name__}",
+                    "a forward that names the arguments it is given",
+                    f"*args or **kwargs ({name})",
+                    "Wrap it in a module whose forward(self, x, ...) calls it",
+                )
             if not isinstance(value, torch.Tensor):
                 raise ModelError(
                     f"example_inputs, argument {name!r}",

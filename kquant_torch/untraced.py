@@ -113,6 +113,7 @@ def read_untraced(model: nn.Module, inputs: Inputs) -> Reading:
     """The graph of the calls that a model makes on the example inputs."""
     code = _Recorder(model).run(model, inputs)
     reader = Reader(model, code, frozenset(), ())
+    reader.is_complete = False
     outputs = reader.walk()
     tensors = tuple(reader.values[n] for n in code.nodes if n.op == "placeholder")
     names = tuple(f"output_{i}" for i in range(len(outputs)))

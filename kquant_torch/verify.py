@@ -18,6 +18,7 @@ from kquant.core.target import Target
 from kquant.core.verification import Verification, check_same
 from kquant.core.widen import gain_for_bias
 from kquant_torch.archive import Archive, decode
+from kquant_torch.calls import undisturbed
 from kquant_torch.emit import SHIFT_OF_CODES
 from kquant_torch.export import integer_model, quantized_graph
 from kquant_torch.onnx_emit import ONNX
@@ -29,6 +30,7 @@ ZIP = b"PK\x03\x04"
 PROGRAM = b"/archive_format"  # a record that every file of torch.export has
 
 
+@undisturbed
 def verify(qmodel: Any, path: str | os.PathLike, data: Any) -> ParityReport:
     """Compare an artifact with the trained model.
 

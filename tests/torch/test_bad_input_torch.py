@@ -199,7 +199,6 @@ class Attending(nn.Module):
     ("call", "settings", "words"),
     [
         (lambda a, x, m: a(x, x, x, key_padding_mask=m, need_weights=False), {}, "key_padding_mask"),
-        (lambda a, x, m: (sum(a(x, x, x)[1].unbind(1)),), {}, "need_weights=False"),
         (lambda a, x, m: a(x, x, x, need_weights=False), {"add_zero_attn": True}, "add_zero_attn"),
         (lambda a, x, m: a(x, x, x, need_weights=False), {"batch_first": False}, "samples on axis 1"),
     ],
