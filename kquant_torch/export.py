@@ -143,7 +143,8 @@ def _check_values(name: str, value: Any) -> None:
     found = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     if found.size == 0 or (found.dtype.kind == "f" and not np.isfinite(found).all()):
         received = f"shape {found.shape}" if found.size == 0 else "NaN or infinity"
-        raise ModelError(f"example_inputs, {name!r}", "finite values of at least one sample", received)
+        fix = "Pass a batch of samples as the model is given them"
+        raise ModelError(f"example_inputs, {name!r}", "finite values of at least one sample", received, fix)
 
 
 def check_inputs(graph: Graph, example_inputs: Any) -> None:

@@ -121,7 +121,8 @@ class Artifact:
         try:
             tensors = [torch.as_tensor(v) for v in values]
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ArtifactError(self.where, "tensors or arrays", ", ".join(type(v).__name__ for v in values)) from error
+            received = ", ".join(type(v).__name__ for v in values)
+            raise ArtifactError(self.where, "tensors or arrays", received, "Pass a tensor for each input") from error
         for name, tensor in zip(self.input_names, tensors, strict=True):
             self._check(name, tensor)
         made = self._run(tensors)
@@ -136,7 +137,8 @@ class Artifact:
         except RuntimeError as error:
             sizes = {n: tuple(t.shape) for n, t in zip(self.input_names, tensors, strict=True)}
             last = (str(error).strip().splitlines() or [""])[-1]
-            raise ArtifactError(self.where, "inputs of sizes that its kernels take", f"{sizes}: {last}") from error
+            fix = "Only the batch may differ from the example inputs, or, where all layers are convolutions, the image"
+            raise ArtifactError(self.where, "inputs of sizes that its kernels take", f"{sizes}: {last}", fix) from error
 
     def _values(self, x: Any) -> list[Any]:
         if isinstance(x, Mapping):
