@@ -142,9 +142,9 @@ def dropped(m: Matcher, op: Any) -> Found | None:
         sides = list(op.inputs)
         for x, mask in (sides, sides[::-1]):
             if not m.is_parameter(x) and is_random(mask) and not is_random(x):
-                return _identity(op, _unscaled(m, x) if op.type == "Mul" else x)
+                return _identity(op, _unscaled(m, x, mask) if op.type == "Mul" else x)
     if op.type in ("Select", "SelectV2") and is_random(op.inputs[0]):
-        return _identity(op, _unscaled(m, op.inputs[1]))
+        return _identity(op, _unscaled(m, op.inputs[1], op.inputs[0]))
     return None
 
 
@@ -154,15 +154,39 @@ def select(m: Matcher, op: Any, index: int) -> Found | str:
     return dropped(m, op) or region(m, op) or "a selection by the values of another tensor has no integer form"
 
 
-def _unscaled(m: Matcher, x: Any) -> Any:
-    """The tensor before dropout's factor `1 / keep_prob`."""
+def _unscaled(m: Matcher, x: Any, mask: Any) -> Any:
+    """The tensor before dropout's factor `1 / keep_prob`; another factor is the model's own."""
     op = x.op
-    if op.type in ("Mul", "RealDiv"):
-        numbers = [t for t in op.inputs if not t.shape.rank]  # a rate that is fed may have no known shape
-        others = [t for t in op.inputs if t.shape.rank]
-        if len(numbers) == 1 and not m.is_parameter(others[0]):
-            return others[0]
-    return x
+    if op.type not in ("Mul", "RealDiv"):
+        return x
+    numbers = [t for t in op.inputs if not t.shape.rank]  # a rate that is fed may have no known shape
+    others = [t for t in op.inputs if t.shape.rank]
+    divides = op.type == "RealDiv"
+    if len(numbers) != 1 or m.is_parameter(others[0]) or (divides and op.inputs[1] is not numbers[0]):
+        return x
+    return others[0] if _is_of_the_rate(m, numbers[0], divides, mask) else x
+
+
+def _is_of_the_rate(m: Matcher, number: Any, divides: bool, mask: Any) -> bool:
+    """Whether a factor, or a divisor, is made of what a mask of random numbers is made of, or is its inverse share."""
+    behind = _behind(mask)
+    if {t.name for t in _behind(number)} & {t.name for t in behind if t.op.type != "Const"}:
+        return True
+    factor = m.static(number)
+    shares = [] if factor is None else [m.static(t) for t in behind if t.op.type == "Const"]
+    kept = [float(k) for s in shares if np.size(s) == 1 for k in (np.ravel(s)[0], 1.0 - np.ravel(s)[0])]
+    return any(abs(k - factor if divides else k * factor - 1.0) < 1e-4 for k in kept)
+
+
+def _behind(tensor: Any) -> list[Any]:
+    """A tensor and all that it is computed from, other than the shapes of random numbers."""
+    found, todo = {}, [tensor]
+    while todo:
+        t = todo.pop()
+        if t.name not in found:
+            found[t.name] = t
+            todo += [] if t.op.type in RANDOM else list(t.op.inputs)
+    return [t for t in found.values() if t.dtype.is_floating]
 
 
 def _identity(op: Any, source: Any) -> Found:

@@ -53,6 +53,21 @@ def new_axis_for_a_mask(x):
     return convolved(x) * tf.nn.softmax(convolved(x, "scores")[..., 0])[..., None]
 
 
+def scaled_before_a_mask(x):
+    y = tf.nn.relu(convolved(x)) * 0.1
+    return convolved(y * tf.floor(tf.random.uniform(tf.shape(y)) + 1.0), "last")
+
+
+def scaled_before_a_mask_that_is_fed(x):
+    y, keep = tf.nn.relu(convolved(x)) * 0.1, v1.placeholder_with_default(1.0, [])
+    return convolved(y * tf.cast(tf.random.uniform(tf.shape(y)) < keep, tf.float32), "last")
+
+
+def scaled_before_dropout(x):
+    y, keep = tf.nn.relu(convolved(x)) / 10.0, v1.placeholder_with_default(1.0, [])
+    return convolved(y / keep * tf.floor(tf.random.uniform(tf.shape(y)) + keep), "last")
+
+
 # -- of integers ------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +99,8 @@ def some_of_the_pixels(x):
 
 CASES = {
     IMAGES.shape: (low_padding, high_padding, padding_that_maxima_pass_over, number_as_bias, new_axis_in_front,
-                   new_axes_around_an_ellipsis, new_axis_for_a_mask),
+                   new_axes_around_an_ellipsis, new_axis_for_a_mask, scaled_before_a_mask,
+                   scaled_before_a_mask_that_is_fed, scaled_before_dropout),
     IDS.shape: (flat_ids, ids_of_columns, turned_ids, ids_with_a_new_axis),
     PIXELS.shape: (pixels_in_rows, some_of_the_pixels),
 }  # fmt: skip
