@@ -103,6 +103,11 @@ def select(
         for role, tensors in given.items()
         if tensors is not None
     }
+    for role, tensors in found.items():
+        names = [t.name for t in tensors]
+        if len(set(names)) < len(names):
+            fix = "tf.identity() makes another of one"
+            raise ModelError(role, "different tensors", f"{max(names, key=names.count)!r} twice", fix)
     return replace(model, **found)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework.function_def_to_graph import function_def_to_graph_def
 
-from kquant.tf1 import marks, written_moves  # noqa: F401  they enter their forms
+from kquant.tf1 import marks, written_moves, written_tables  # noqa: F401  they enter their forms
 from kquant.tf1.flags import CONDITIONALS, value_in_evaluation
 from kquant.tf1.rewire import readers, redirect
 from kquant.tf1.state import scope_of

@@ -50,7 +50,7 @@ def look_up_of_moved(op: Any) -> Make | None:
     if not plain or ("batch_dims" in op.node_def.attr and op.get_attr("batch_dims")) or not op.outputs[0].shape.rank:
         return None
     more = op.outputs[0].shape.rank - ids.shape.rank if ids.shape.rank is not None else 0
-    source, moves = _moves(ids, more)
+    source, moves = moves_of(ids, more)
     if not moves:
         return None
 
@@ -59,7 +59,7 @@ def look_up_of_moved(op: Any) -> Make | None:
             found = tf.raw_ops.ResourceGather(resource=table, indices=source, dtype=op.get_attr("dtype"))
         else:
             found = tf.raw_ops.GatherV2(params=table, indices=source, axis=0)
-        return _moved(found, moves)
+        return moved(found, moves)
 
     return make
 
@@ -67,13 +67,13 @@ def look_up_of_moved(op: Any) -> Make | None:
 @writes("Cast")
 def cast_of_moved(op: Any) -> Make | None:
     """Pixels that are moved before they become floats."""
-    source, moves = _moves(op.inputs[0], 0)
+    source, moves = moves_of(op.inputs[0], 0)
     if not moves or op.inputs[0].dtype.is_floating or op.outputs[0].dtype != tf.float32:
         return None
-    return lambda: _moved(tf.cast(source, tf.float32), moves)
+    return lambda: moved(tf.cast(source, tf.float32), moves)
 
 
-def _moves(tensor: Any, more: int) -> tuple[Any, list[Move]]:
+def moves_of(tensor: Any, more: int) -> tuple[Any, list[Move]]:
     """The integers that come in behind a tensor, and how they are moved before it, the first movement first."""
     moves: list[Move] = []
     while tensor.op.type in MOVES and tensor.dtype.is_integer:
@@ -86,7 +86,8 @@ def _moves(tensor: Any, more: int) -> tuple[Any, list[Move]]:
     return (tensor, moves) if comes_in else (tensor, [])
 
 
-def _moved(value: Any, moves: list[Move]) -> Any:
+def moved(value: Any, moves: list[Move]) -> Any:
+    """A tensor after some movements."""
     for move in moves:
         value = move(value)
     return value

@@ -81,6 +81,20 @@ def ids_of_columns(ids):
     return tf.matmul(tf.concat(found, 1), weight("dense", 8, 3))
 
 
+def ids_in_parts(ids, strategy, sizes):
+    parts = [weight(f"part{i}", n, 4) for i, n in enumerate(sizes)]
+    found = v1.nn.embedding_lookup(parts, ids, partition_strategy=strategy)
+    return tf.matmul(tf.reshape(found, [-1, 24]), weight("dense", 24, 3))
+
+
+def ids_in_turn(ids):
+    return ids_in_parts(ids, "mod", (4, 3, 3))
+
+
+def ids_in_a_row(ids):
+    return ids_in_parts(ids, "div", (4, 3, 3))
+
+
 def turned_ids(ids):
     return tf.nn.embedding_lookup(weight("table", 10, 4), tf.transpose(tf.reshape(ids, [-1, 2, 3]), [0, 2, 1]))
 
@@ -101,7 +115,7 @@ CASES = {
     IMAGES.shape: (low_padding, high_padding, padding_that_maxima_pass_over, number_as_bias, new_axis_in_front,
                    new_axes_around_an_ellipsis, new_axis_for_a_mask, scaled_before_a_mask,
                    scaled_before_a_mask_that_is_fed, scaled_before_dropout),
-    IDS.shape: (flat_ids, ids_of_columns, turned_ids, ids_with_a_new_axis),
+    IDS.shape: (flat_ids, ids_of_columns, ids_in_turn, ids_in_a_row, turned_ids, ids_with_a_new_axis),
     PIXELS.shape: (pixels_in_rows, some_of_the_pixels),
 }  # fmt: skip
 DATA = {a.shape: a for a in (IMAGES, IDS, PIXELS)}

@@ -206,3 +206,10 @@ def test_a_loop_is_refused_by_its_own_name():
         out = tf.matmul(y, v1.get_variable("last", [8, 2]), name="out")
     with pytest.raises(kquant.UnsupportedError, match=r"layer 'loop' \(\w*While\)"):
         kquant.QAT_Quantizer()(graph, outputs=[out], inputs=[x])
+
+
+@pytest.mark.parametrize("role", ["inputs", "outputs"])
+def test_a_tensor_given_twice(role):
+    net = small()
+    tensor = net.x if role == "inputs" else net.probs
+    refused(f"{role}.*{tensor.name}.*twice", kquant.QAT_Quantizer(), net.graph, **{role: [tensor, tensor.name]})
