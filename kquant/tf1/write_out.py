@@ -15,6 +15,7 @@ from tensorflow.python.framework.function_def_to_graph import function_def_to_gr
 from kquant.tf1 import marks, written_moves, written_tables  # noqa: F401  they enter their forms
 from kquant.tf1.flags import CONDITIONALS, value_in_evaluation
 from kquant.tf1.rewire import readers, redirect
+from kquant.tf1.sizes import are_open, write_sizes
 from kquant.tf1.state import scope_of
 from kquant.tf1.written import FORMS, OF_DATA
 
@@ -32,17 +33,20 @@ def copied(graph: Any) -> Any:
 
 def can(graph: Any) -> bool:
     """Whether a graph holds ops that may have to be written out."""
+    if are_open(graph):
+        return True
     return any(_is_open(op) or (op.type in FORMS and FORMS[op.type](op) is not None) for op in graph.get_operations())
 
 
 def write_out(graph: Any, depends: set[str], only: Collection[str] | None = None) -> None:
-    """Write ops out, and inline the branches that evaluation takes of conditionals on a flag.
+    """Write ops and computed sizes out, and inline the branches that evaluation takes of conditionals on a flag.
 
     Args:
         graph: is changed.
         depends: names of the tensors that depend on data.
         only: names of the ops to write out; None for all that can be.
     """
+    write_sizes(graph, copied)
     _inline_all(graph)
     for op in graph.get_operations():
         form = FORMS.get(op.type)

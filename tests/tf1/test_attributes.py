@@ -68,6 +68,28 @@ def scaled_before_dropout(x):
     return convolved(y / keep * tf.floor(tf.random.uniform(tf.shape(y)) + keep), "last")
 
 
+def twice_as_large(x):
+    y = convolved(tf.nn.max_pool2d(x, 2, 2, "SAME"))
+    return convolved(v1.image.resize_nearest_neighbor(y, 2 * tf.shape(y)[1:3]), "last")
+
+
+def up_and_up_again(x):
+    """As U-Nets are written: the sizes of a transposed convolution are multiples of its input's."""
+    y = tf.nn.max_pool2d(tf.nn.relu(convolved(x)), 4, 4, "SAME")
+    for i in range(2):
+        size = tf.shape(y)
+        size = tf.stack([size[0], size[1] * 2, size[2] * 2, size[3] // 2 * 2])
+        kernel = weight(f"up{i}", 2, 2, 4, y.shape[-1])
+        y = tf.nn.relu(tf.nn.conv2d_transpose(y, kernel, size, [1, 2, 2, 1], "SAME"))
+        y = convolved(y, f"after{i}")
+    return tf.concat([y, x], 3)
+
+
+def rows_of_boxes(x):
+    y = convolved(x)
+    return tf.reshape(y, tf.stack([tf.shape(x)[0], -1, 1, 2]))
+
+
 # -- of integers ------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +136,8 @@ def some_of_the_pixels(x):
 CASES = {
     IMAGES.shape: (low_padding, high_padding, padding_that_maxima_pass_over, number_as_bias, new_axis_in_front,
                    new_axes_around_an_ellipsis, new_axis_for_a_mask, scaled_before_a_mask,
-                   scaled_before_a_mask_that_is_fed, scaled_before_dropout),
+                   scaled_before_a_mask_that_is_fed, scaled_before_dropout, twice_as_large, up_and_up_again,
+                   rows_of_boxes),
     IDS.shape: (flat_ids, ids_of_columns, ids_in_turn, ids_in_a_row, turned_ids, ids_with_a_new_axis),
     PIXELS.shape: (pixels_in_rows, some_of_the_pixels),
 }  # fmt: skip
