@@ -105,6 +105,8 @@ def select(
     }
     for role, tensors in found.items():
         names = [t.name for t in tensors]
+        if not names:
+            raise ModelError(role, "at least one tensor, or None to find them", "none")
         if len(set(names)) < len(names):
             fix = "tf.identity() makes another of one"
             raise ModelError(role, "different tensors", f"{max(names, key=names.count)!r} twice", fix)

@@ -77,8 +77,7 @@ def up_and_up_again(x):
     """As U-Nets are written: the sizes of a transposed convolution are multiples of its input's."""
     y = tf.nn.max_pool2d(tf.nn.relu(convolved(x)), 4, 4, "SAME")
     for i in range(2):
-        size = tf.shape(y)
-        size = tf.stack([size[0], size[1] * 2, size[2] * 2, size[3] // 2 * 2])
+        size = tf.concat([tf.shape(y)[:1], tf.shape(y)[1:3] * 2, [4]], 0)
         kernel = weight(f"up{i}", 2, 2, 4, y.shape[-1])
         y = tf.nn.relu(tf.nn.conv2d_transpose(y, kernel, size, [1, 2, 2, 1], "SAME"))
         y = convolved(y, f"after{i}")

@@ -213,3 +213,11 @@ def test_a_tensor_given_twice(role):
     net = small()
     tensor = net.x if role == "inputs" else net.probs
     refused(f"{role}.*{tensor.name}.*twice", kquant.QAT_Quantizer(), net.graph, **{role: [tensor, tensor.name]})
+
+
+@pytest.mark.parametrize("role", ["inputs", "outputs"])
+def test_no_tensor_given(role):
+    net = small()
+    before = net.graph.as_graph_def()
+    refused(f"{role}: at least one", kquant.QAT_Quantizer(), net.graph, **{role: []})
+    assert net.graph.as_graph_def() == before
