@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from kquant.core.errors import ModelError, nearest
@@ -96,6 +97,9 @@ def select(
             )
         model = replace(model, values=Values(model.graph, session))
     if training is not None:
+        if not isinstance(training, (bool, np.bool_)):
+            fix = "A flag that is fed stays in the graph, which is then one for training"
+            raise ModelError("training", "True or False", repr(training), fix)
         model = replace(model, training=bool(training))
     given = {"inputs": inputs, "outputs": outputs}
     found = {

@@ -221,3 +221,8 @@ def test_no_tensor_given(role):
     before = net.graph.as_graph_def()
     refused(f"{role}: at least one", kquant.QAT_Quantizer(), net.graph, **{role: []})
     assert net.graph.as_graph_def() == before
+
+
+@pytest.mark.parametrize("training", ["no", 0], ids=repr)
+def test_a_form_that_is_neither_for_training_nor_for_evaluation(training):
+    refused("training: True or False", kquant.QAT_Quantizer(), small().graph, training=training)
