@@ -216,7 +216,7 @@ class _View:
 
     def _granularity(self, main: ast.Call) -> str:
         scale = array_of(self.program.weights(main)["kernel_scale"], self.archive)
-        return "per channel" if (scale != scale.flat[0]).any() else "per tensor"
+        return "per-channel" if (scale != scale.flat[0]).any() else "per-tensor"
 
     def _macs(self, statement: Statement, main: Any, codes: np.ndarray | None) -> int:
         shape = self.described.get(statement.name, {}).get("shape", [])

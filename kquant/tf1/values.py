@@ -129,6 +129,9 @@ class Values:
                 "variables without a value in this session",
                 "Run their initializers, or restore a checkpoint",
             ) from error
+        except RuntimeError as error:  # what a closed session raises
+            fix = "Export, verify and calibrate before the session is closed"
+            raise ModelError(f"variables {some(names)}", "an open session", str(error), fix) from error
         return found
 
     def _uninitialized(self, fetches: Mapping[str, Any]) -> list[str]:

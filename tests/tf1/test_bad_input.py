@@ -75,6 +75,15 @@ def test_empty_graph():
     refused("trainable weight.*none", kquant.QAT_Quantizer(), tf.Graph())
 
 
+def test_a_closed_session(tmp_path):
+    net = small()
+    kquant.QAT_Quantizer()(net.graph)
+    with v1.Session(graph=net.graph) as session:
+        pass
+    refused("variables .*an open session.*before the session is closed", kquant.export_tflite, session, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_uninitialized_variables_at_export(tmp_path):
     net = small()
     kquant.QAT_Quantizer()(net.graph)

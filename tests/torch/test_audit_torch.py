@@ -29,7 +29,7 @@ def test_what_it_says_of_a_whole_file(data):
     assert rows["up"].macs == 8 * 256 * 8 * 4
     assert rows["head"].macs == 40 and report.macs == sum(r.macs for r in report.ops)
     assert rows["depth"].inputs == ("uint8", "int8") and rows["depth"].output == "uint8"
-    assert rows["depth"].granularity == "per channel" and rows["depth"].weight_bits == 8
+    assert rows["depth"].granularity == "per-channel" and rows["depth"].weight_bits == 8
     assert report.file_bytes == len(data) and report.runtime == "torch"
 
 

@@ -109,7 +109,7 @@ def test_the_codes_are_those_of_the_folded_kernel_on_one_scale(kind, bits, tmp_p
     assert np.unique(scales).size == 1
     assert_verifies(qmodel, data, tmp_path / "m.pt")
     (row,) = [op for op in kquant_torch.audit(tmp_path / "m.pt").ops if op.weight_bits]
-    assert row.granularity == "per tensor"
+    assert row.granularity == "per-tensor"
 
 
 def test_a_gamma_of_zero_is_harmless_and_learns(tmp_path):
