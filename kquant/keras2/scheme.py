@@ -14,8 +14,9 @@ class QuantizeScheme(TfmotScheme):
     """Places quantizers as `kquant.quantize_model` does, on the layers that tfmot's API annotated.
 
     An annotated layer without a config follows `default`; one with a config of kquant's follows that; a layer that is
-    not annotated stays float. Batch norm needs no `followed_by_bn` here. The result exports with `kquant.export_tflite`
-    if everything was annotated.
+    not annotated is one that no entry of a `config_list` matches: it stays float, unless it only moves or pools what it
+    reads, or is a batch norm or an activation function behind an annotated layer. Batch norm needs no `followed_by_bn`
+    here.
 
     Args:
         default: the config of annotated layers that name none; 8-bit `QATQuantizeConfig()` if absent.
@@ -61,8 +62,6 @@ class _Transformer:
                     "Use a config of kquant.keras2.quantize_config, or tfmot's own scheme",
                 )
         entries = [c.entry(op_names=[n]) for n, c in configs.items() if n not in inputs]
-        left = [layer.name for layer in model.layers if layer.name not in configs and layer.name not in inputs]
-        entries += [{"op_names": left, "exclude": True}] if left else []
         data, observer = self.scheme.calibration_data, self.scheme.observer
         return quantize_model(model, entries, calibration_data=data, observer=observer), {}
 

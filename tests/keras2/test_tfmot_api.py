@@ -205,6 +205,23 @@ def test_a_frozen_layer_stays_frozen():
     assert [v.name for v in other.trainable_weights if "second" in v.name]
 
 
+def test_layers_that_only_move_values_need_no_annotation_in_our_scheme(tmp_path):
+    x = tf_keras.Input((8, 8, 3))
+    y = tf_keras.layers.ReLU()(tf_keras.layers.BatchNormalization()(tf_keras.layers.Conv2D(4, 3, name="conv")(x)))
+    y = tf_keras.layers.Flatten()(tf_keras.layers.MaxPooling2D()(y))
+    model = tf_keras.Model(x, tf_keras.layers.Dense(3, name="logits")(y))
+    data = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype(np.float32)
+    scheme = keras2.QuantizeScheme(calibration_data=data)
+    qmodel = tfmot.quantize_apply(
+        annotated(model, {"conv": None, "logits": keras2.QATQuantizeConfig(4)}), scheme=scheme
+    )
+    kquant.export_tflite(qmodel, tmp_path / "model.tflite")
+    assert kquant.audit(tmp_path / "model.tflite").fully_integer
+    partly = tfmot.quantize_apply(annotated(model, {"logits": keras2.QATQuantizeConfig()}), scheme=scheme)
+    with pytest.raises(kquant.ExportError, match="Received: conv: its input is not quantized"):
+        kquant.export_tflite(partly, tmp_path / "partly.tflite")
+
+
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 def test_a_model_annotated_by_hand_is_saved_and_loaded(tmp_path):
     """tfmot's wrappers need its scope, as always; our configs and quantizers need none."""
