@@ -110,7 +110,12 @@ def select(
     for role, tensors in found.items():
         names = [t.name for t in tensors]
         if not names:
-            raise ModelError(role, "at least one tensor, or None to find them", "none")
+            raise ModelError(
+                role,
+                "at least one tensor, or None to find them",
+                "none",
+                "Name the tensors of the model, or leave the argument out",
+            )
         if len(set(names)) < len(names):
             fix = "tf.identity() makes another of one"
             raise ModelError(role, "different tensors", f"{max(names, key=names.count)!r} twice", fix)
