@@ -93,21 +93,21 @@ class Demands:
         entry = self.entries[stage.anchor.id]
         model_input = self._model_input(tensor)
         asked = self._asked_of_input(tensor, model_input)
-        (_, bits), *others = asked or [(None, 8)]
-        for index, float_bits in asked:
-            if float_bits == 32:
+        bits = asked[0][1] if asked else 8
+        for index, own in asked:
+            if own == 32:
                 raise ConfigError(
                     f"config_list[{index}]",
                     f"input {model_input or tensor!r} must be quantized: {stage.anchor.layer!r} reads it in integers",
                     "an entry that leaves it in float",
                     "Leave the input out of the entry, or exclude its readers too",
                 )
-        for index, different in others:
-            if different != bits:
+        for index, own in asked:
+            if own != bits:
                 raise ConfigError(
                     f"config_list[{asked[0][0]}] and config_list[{index}]",
                     f"entries that match {model_input or tensor!r} or what reads it must agree on its bits",
-                    f"{bits} and {different}",
+                    f"{bits} and {own}",
                     "One tensor has one range: give its readers the same input bits",
                 )
         naive = entry is not None and entry.quantizer == "naive"
