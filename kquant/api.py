@@ -40,6 +40,8 @@ def front_end(model: Any) -> Any:
     - `as_float32(model)`: the model itself, or a float32 copy of one that computes in less;
     - `take_state(model, exact)`: copy back what calibration set in that copy;
     - `controlled(model)`: a `kquant.core.controls.Controlled`, or None for a float model;
+    - `confirm(model, graph)`, where ops are more than those of the model itself: refuse a graph that computes something
+      else;
 
     and where a model is part of something larger that is changed in place, as in a graph,
 
@@ -194,6 +196,8 @@ def _quantize(
         )
     made = place(graph, _entries(graph, config_list, quantizer))
     check_quantizes(made)
+    if hasattr(front, "confirm"):
+        front.confirm(model, graph)
     if calibration_data is not None and hasattr(front, "prepare"):
         calibration_data = front.prepare(model, graph, calibration_data)
     quantized = front.attach(made, model)

@@ -33,7 +33,7 @@ class Placement(enum.Enum):
 # int4 weights run on those alone, and are used where r >= INT4_SHIFT.
 INT4_SHIFT = 4
 WEIGHTS_ONLY = "no integer kernel: its weights are quantized, its arithmetic stays float"  # of a STORED op
-RESIZED = "a resize needs a known output size; give the model a fixed input size"
+RESIZED = "a resize or a transposed convolution needs a known output size; give the model a fixed input size"
 EXACT = 0.6  # the contract: 0.5 is perfect rounding, the rest is the kernel's fixed-point multiplier
 
 

@@ -12,10 +12,11 @@ from kquant.keras2.quantize_config import DoReFaQuantizeConfig, NaiveQuantizeCon
 from kquant.keras2.scheme import QuantizeScheme
 from kquant.keras_common.attach import attach as _attach
 from kquant.keras_common.controlled import controlled as _controlled
+from kquant.keras_common.faithful import confirm as _confirm
 from kquant.keras_common.precision import as_float32, take_state
 from kquant.keras_common.reader import read as _read
 
-attach, controlled, read = (partial(f, KERAS) for f in (_attach, _controlled, _read))
+attach, confirm, controlled, read = (partial(f, KERAS) for f in (_attach, _confirm, _controlled, _read))
 
 __all__ = [
     "DoReFaQuantizeConfig",
@@ -24,6 +25,7 @@ __all__ = [
     "QuantizeScheme",
     "as_float32",
     "attach",
+    "confirm",
     "controlled",
     "read",
     "take_state",

@@ -15,6 +15,7 @@ from tf_keras.src.layers.core.tf_op_layer import KerasOpDispatcher, SlicingOpLam
 
 from kquant.keras2 import symbols
 from kquant.keras2._tfmot import QuantizeLayer, QuantizeWrapper
+from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.subclassed import from_subclass, unbuilt_sequential
 from kquant.keras_common.tf_symbols import symbol_of
@@ -64,7 +65,7 @@ class Keras2(Generation):
         """The nested structures of a functional model's inputs and outputs."""
         return form._nested_inputs, form._nested_outputs
 
-    def operation(self, call: Call) -> tuple[str, dict] | None:
+    def operation(self, call: Call) -> tuple[str, Arguments] | None:
         """The name and the arguments in `keras.ops` of a TensorFlow function that became a layer."""
         return symbols.translated(call, self) if isinstance(call.layer, (TFOpLambda, SlicingOpLambda)) else None
 

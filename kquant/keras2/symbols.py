@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.generation import Call
 from kquant.keras_common.tf_symbols import TABLE, bound
 
@@ -68,15 +69,15 @@ def known_function(function: Any) -> str | None:
 ACTIVATIONS = {"relu": "Relu", "relu6": "Relu6", "sigmoid": "Sigmoid", "tanh": "Tanh", "softmax": "Softmax"}
 
 
-def translated(call: Call, generation: Any) -> tuple[str, dict]:
+def translated(call: Call, generation: Any) -> tuple[str, Arguments]:
     """The operation that a call of a TensorFlow function is, and its arguments; an empty name where none is known."""
     values = generation.tree.flatten((call.args, call.kwargs))
     symbol = (call.layer.symbol or "").removeprefix("compat.v1.")
     if symbol not in TABLE:
         known = ACTIVATIONS.get(known_function(call.layer.function) or "", "")
-        return (known, {"axis": -1}) if len(values) == 1 else ("", {})
+        return (known, Arguments({"axis": -1}, {})) if len(values) == 1 else ("", Arguments({}, {}))
     name, args = bound(symbol, call.layer.function, call.args, call.kwargs)
-    return name, _key(args) if name == "GetItem" else args
+    return name, Arguments(_key(args), {}) if name == "GetItem" else args
 
 
 def _key(args: dict) -> dict:

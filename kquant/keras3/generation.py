@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import keras
 import numpy as np
 
 from kquant.keras3.tf_functions import FUNCTIONS
+from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.generation import Call, Generation
 from kquant.keras_common.subclassed import from_subclass, unbuilt_sequential
 from kquant.keras_common.variables import as_operations
@@ -58,7 +60,7 @@ class Keras3(Generation):
         """The nested structures of a functional model's inputs and outputs."""
         return form._inputs_struct, form._outputs_struct
 
-    def operation(self, call: Call) -> tuple[str, dict] | None:
+    def operation(self, call: Call) -> tuple[str, Arguments] | None:
         """The class name of an operation and its arguments: those of `call`, then what the operation holds."""
         operation = call.layer
         if isinstance(operation, keras.layers.Layer):
@@ -66,7 +68,7 @@ class Keras3(Generation):
         bound = inspect.signature(operation.call).bind(*call.args, **call.kwargs)
         bound.apply_defaults()
         held = {k: v for k, v in vars(operation).items() if not k.startswith("_")}
-        return type(operation).__name__, {**held, **bound.arguments}
+        return type(operation).__name__, Arguments({**held, **bound.arguments}, _defaults(type(operation)))
 
     def copy_operation(self, operation: Any, name: str) -> Any:
         """The same operation; that of the float model keeps its own nodes."""
@@ -122,6 +124,13 @@ class Keras3(Generation):
         """The name in `keras.activations` of a function."""
         name = getattr(function, "__name__", type(function).__name__)
         return name if getattr(keras.activations, name, None) is function else None
+
+
+@functools.cache
+def _defaults(operation: type) -> dict[str, Any]:
+    """The arguments that an operation may be made or called without, and what they then are."""
+    signatures = (inspect.signature(f).parameters for f in (operation.__init__, operation.call))
+    return {k: p.default for parameters in signatures for k, p in parameters.items() if p.default is not p.empty}
 
 
 OPERATORS = {

@@ -68,6 +68,8 @@ def _multi_head(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any
     y = g.ops.transpose(y, (0, 2, 1, 3))
     if rank > 3:
         y = g.ops.reshape(y, (-1, *query.shape[1:-1], *y.shape[2:]))
+    if getattr(layer, "_use_gate", False):
+        y = g.ops.multiply(y, twin(layer._gate_dense, query))
     y = twin(layer._output_dense, y)
     return (y, weights) if returned else y
 

@@ -103,8 +103,8 @@ def _time_distributed(g: Generation, layer: Any, inputs: list[Any], call: Call) 
     x, inner = inputs[0], layer.layer
     if None in x.shape[1:]:
         return "TimeDistributed needs known sizes on the target"
-    if isinstance(inner, g.keras.Model) or not g.is_own_class(inner):
-        return "TimeDistributed is read only around Keras' own layers"
+    if not (isinstance(inner, g.keras.Model) or g.is_own_class(inner)):
+        return "TimeDistributed is read only around Keras' own layers, and models of layers"
     y = twin(inner, g.ops.reshape(x, (-1, *x.shape[2:])))
     return g.ops.reshape(y, (-1, x.shape[1], *y.shape[1:]))
 
@@ -124,25 +124,27 @@ def _center_crop(g: Generation, layer: Any, inputs: list[Any], call: Call) -> An
 # -- merges ---------------------------------------------------------------------------------------------------------
 
 
-@expands("Add", "Multiply", "Maximum", "Minimum")
+@expands("Add", "Subtract", "Multiply", "Maximum", "Minimum")
 def _chain(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     pair = getattr(g.layers, type(layer).__name__)
-    total = inputs[0]
-    for x in inputs[1:]:
-        total = pair()([total, x])
-    return total if len(inputs) > 1 else g.layers.Identity()(total)
+    total, *rest = _of_one_rank(g, inputs)
+    for x in rest:
+        total = pair(dtype=layer.dtype_policy)([total, x])
+    return total if rest else g.layers.Identity(dtype=layer.dtype_policy)(total)
 
 
-def _sum(g: Generation, inputs: list[Any]) -> Any:
-    total = inputs[0]
-    for x in inputs[1:]:
-        total = g.layers.Add()([total, x])
-    return total if len(inputs) > 1 else g.layers.Identity()(total)
+def _of_one_rank(g: Generation, inputs: list[Any]) -> list[Any]:
+    """With new axes behind the batch, as Keras' merges put them, where operations would put them in front."""
+    rank = max(len(x.shape) for x in inputs)
+    for _ in range(rank):
+        inputs = [x if len(x.shape) == rank else g.ops.expand_dims(x, 1) for x in inputs]
+    return inputs
 
 
 @expands("Average")
 def _average(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
-    return g.ops.multiply(_sum(g, inputs), 1.0 / len(inputs))
+    total = g.layers.Add(dtype=layer.dtype_policy)(inputs) if len(inputs) > 1 else inputs[0]
+    return g.ops.multiply(total, 1.0 / len(inputs))
 
 
 @expands("Dot")
@@ -150,7 +152,7 @@ def _dot(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     a, b = inputs
     first, second = (layer.axes, layer.axes) if isinstance(layer.axes, int) else layer.axes
     if layer.normalize:
-        a, b = _normalized(g, a, (first,), "first"), _normalized(g, b, (second,), "second")
+        a, b = _normalized(g, layer, a, (first,), "first"), _normalized(g, layer, b, (second,), "second")
     letters_a = ["a", *(chr(98 + i) for i in range(len(a.shape) - 1))]
     letters_b = ["a", *(chr(110 + i) for i in range(len(b.shape) - 1))]
     letters_b[second] = letters_a[first]
@@ -173,10 +175,10 @@ def _affine(g: Generation, layer: Any, x: Any) -> Any:
     return _call(tail, x, values)
 
 
-def _standardize(g: Generation, x: Any, axes: tuple[int, ...], epsilon: float, center: bool = True) -> Any:
+def _standardize(g: Generation, layer: Any, x: Any, axes: tuple[int, ...], center: bool = True) -> Any:
     centered = x - g.ops.mean(x, axis=axes, keepdims=True) if center else x
     variance = g.ops.mean(centered * centered, axis=axes, keepdims=True)
-    return centered * g.own.ReciprocalRoot(epsilon, name="rsqrt")(variance)
+    return centered * g.own.ReciprocalRoot(layer.epsilon, name="rsqrt", dtype=layer.dtype_policy)(variance)
 
 
 @expands("LayerNormalization")
@@ -185,7 +187,7 @@ def _layer_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     if [a % len(x.shape) for a in axes] != [len(x.shape) - 1]:
         return "layer normalization must be over the last axis"
-    return _affine(g, layer, _standardize(g, x, (-1,), layer.epsilon))
+    return _affine(g, layer, _standardize(g, layer, x, (-1,)))
 
 
 @expands("RMSNormalization")
@@ -195,7 +197,7 @@ def _rms_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     if [a % len(x.shape) for a in axes] != [len(x.shape) - 1]:
         return "RMS normalization must be over the last axis"
     tail = g.own.ChannelAffine(True, False, name="affine", dtype=layer.dtype_policy)
-    return _call(tail, _standardize(g, x, (-1,), layer.epsilon, center=False), [layer.scale])
+    return _call(tail, _standardize(g, layer, x, (-1,), center=False), [layer.scale])
 
 
 @expands("GroupNormalization")
@@ -207,20 +209,20 @@ def _group_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any
     groups = shape[-1] if layer.groups == -1 else layer.groups
     count = int(np.prod(shape[1:-1])) if len(shape) > 2 else 1
     grouped = g.ops.reshape(x, (-1, count, groups, shape[-1] // groups))
-    y = _standardize(g, grouped, (1, 3), layer.epsilon)
+    y = _standardize(g, layer, grouped, (1, 3))
     return _affine(g, layer, g.ops.reshape(y, (-1, *shape[1:])))
 
 
 @expands("UnitNormalization")
 def _unit_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
-    return _normalized(g, inputs[0], (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis))
+    return _normalized(g, layer, inputs[0], (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis))
 
 
-def _normalized(g: Generation, x: Any, axes: tuple[int, ...], name: str = "rsqrt") -> Any:
+def _normalized(g: Generation, layer: Any, x: Any, axes: tuple[int, ...], name: str = "rsqrt") -> Any:
     """`x` divided by its norm."""
     count = int(np.prod([x.shape[a] for a in axes]))
     mean = g.ops.mean(x * x, axis=axes, keepdims=True)
-    return x * g.own.ReciprocalRoot(0.0, factor=float(count), least=1e-12, name=name)(mean)
+    return x * g.own.ReciprocalRoot(0.0, factor=float(count), least=1e-12, name=name, dtype=layer.dtype_policy)(mean)
 
 
 # -- anything else --------------------------------------------------------------------------------------------------
@@ -250,12 +252,26 @@ def _loops(layer: Any) -> str:
     return "; left in float it must be built with unroll=True, because the file holds no loop" if rolled else ""
 
 
+def _only_named_anew(g: Generation, layer: Any) -> type | None:
+    """The class of Keras' own whose calls a user's class leaves as they are: it has other defaults, or another name."""
+    base = next((c for c in type(layer).__mro__ if c.__module__.startswith(f"{g.package}.src.layers")), None)
+    known = base is not None and getattr(g.layers, base.__name__, None) is base and base is not g.layers.Layer
+    same = known and all(getattr(base, m, None) is getattr(type(layer), m, None) for m in ("call", "convolution_op"))
+    return base if same else None
+
+
 def _symbolic(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any:
     """A user's own layer: a copy of it called on symbolic inputs shows its ops."""
     if g.is_own_class(layer):
         name = type(layer).__name__
         return NO_INTEGER.get(name, f"{name} has no integer form on the target") + _loops(layer)
     args, kwargs = call.fill(inputs)
+    base = _only_named_anew(g, layer)
+    if base is not None:
+        plain = base.from_config(base.get_config(layer))
+        y = plain(*args, **kwargs)
+        set_weights(plain, layer.get_weights())
+        return y
     try:
         copy = type(layer).from_config(layer.get_config())
         copy(*args, **kwargs)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from kquant.keras_common.arguments import Arguments
+
 TITLES = {"keras": "Keras 3", "tf_keras": "tf_keras (Keras 2)"}
 
 
@@ -134,7 +136,7 @@ class Generation(abc.ABC):
         """The nested structures of a functional model's inputs and outputs."""
 
     @abc.abstractmethod
-    def operation(self, call: Call) -> tuple[str, dict] | None:
+    def operation(self, call: Call) -> tuple[str, Arguments] | None:
         """For a call of an operation (not of a layer) its name in `keras.ops` and its arguments by name there.
 
         The name is empty where nothing is known of it.

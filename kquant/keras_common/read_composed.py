@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.generation import Call
 from kquant.keras_common.read_ops import reads, refused, rewritten
 from kquant.keras_common.reader import Reader
@@ -47,7 +48,7 @@ REDUCTIONS = {
 
 
 @reads(*REDUCTIONS)
-def _reduction(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _reduction(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     if args.get("ord") not in (None, 2, "euclidean"):
         return refused(r, call, inputs, f"the norm of order {args['ord']!r} has no integer form")
     axes = _axes(args["axes"] if name == "Moments" else args["axis"], len(r.shape(inputs[0])))
@@ -57,7 +58,7 @@ def _reduction(r: Reader, call: Call, inputs: list[str], name: str, args: dict) 
 
 
 @reads("LogSoftmax")
-def _log_softmax(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _log_softmax(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     axes = _axes(args["axis"], len(r.shape(inputs[0])))
     if 0 in axes:
         return refused(r, call, inputs, OVER_BATCH)
@@ -65,7 +66,7 @@ def _log_softmax(r: Reader, call: Call, inputs: list[str], name: str, args: dict
 
 
 @reads("Where")
-def _where(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _where(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     """With a constant mask: a product with its zeros and ones for either side, and their sum."""
     is_symbolic = r.generation.is_symbolic
     values = [args.get(k) for k in ("condition", "x1", "x2")]
@@ -87,7 +88,7 @@ def _where(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> l
 
 
 @reads("Tril", "Triu")
-def _triangle(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _triangle(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     shape = r.shape(inputs[0])[-2:]
     if len(r.shape(inputs[0])) < 3 or None in shape:
         return refused(r, call, inputs, f"the operation {name} needs matrices of known sizes")
@@ -96,7 +97,7 @@ def _triangle(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -
 
 
 @reads("Average")
-def _average(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _average(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     rank = len(r.shape(inputs[0]))
     axes, weights = _axes(args["axis"], rank), args.get("weights")
     if 0 in axes or len(inputs) > 1 or r.generation.is_variable(weights):
@@ -111,7 +112,7 @@ def _average(r: Reader, call: Call, inputs: list[str], name: str, args: dict) ->
 
 
 @reads("Normalize")
-def _normalize(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _normalize(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     epsilon = args.get("epsilon")
     if args["order"] != 2 or epsilon not in (None, 1e-12) or not hasattr(r.layers, "UnitNormalization"):
         return refused(r, call, inputs, "normalize is read with order=2 and its own epsilon")
@@ -119,7 +120,7 @@ def _normalize(r: Reader, call: Call, inputs: list[str], name: str, args: dict) 
 
 
 @reads("LayerNorm", "RMSNorm")
-def _standardize(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _standardize(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     """As the layers of the same name, where gamma and beta are absent: those of one's own are a product and a sum."""
     root = args.get("rms_scaling") or name == "RMSNorm"
     values = [args.get(k) for k in (("scale",) if name == "RMSNorm" else ("gamma", "beta"))]
@@ -137,7 +138,7 @@ def _standardize(r: Reader, call: Call, inputs: list[str], name: str, args: dict
 
 
 @reads("Repeat")
-def _repeat(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _repeat(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     rank = len(r.shape(inputs[0]))
     axis = 0 if args["axis"] is None else args["axis"] % rank
     size = r.shape(inputs[0])[axis]
@@ -148,7 +149,7 @@ def _repeat(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> 
 
 
 @reads("Rot90")
-def _rot90(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _rot90(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     rank = len(r.shape(inputs[0]))
     first, second = (a % rank for a in args["axes"])
     if 0 in (first, second) or args["k"] % 2 == 0:  # Keras states another shape than it computes for half a turn
@@ -161,7 +162,7 @@ def _rot90(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> l
 
 
 @reads("Diff")
-def _diff(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _diff(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     axis = args["axis"] % len(r.shape(inputs[0]))
     if args["n"] != 1 or axis == 0:
         return refused(r, call, inputs, "diff is read with n=1, over another axis than the batch")
@@ -170,7 +171,7 @@ def _diff(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
 
 
 @reads("Glu")
-def _glu(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _glu(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     axis = args["axis"] % len(r.shape(inputs[0]))
     half, before = r.shape(inputs[0])[axis] // 2, (slice(None),) * axis
 
@@ -181,7 +182,7 @@ def _glu(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> lis
 
 
 @reads("Hstack")
-def _hstack(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _hstack(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     if len(r.shape(inputs[0])) < 2:
         return refused(r, call, inputs, "a concatenation along the batch has no counterpart in the artifact")
     return rewritten(r, call, inputs, lambda *xs: r.operations.concatenate(list(xs), 1))

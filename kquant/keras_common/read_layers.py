@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,8 +72,10 @@ def read_channel_affine(r: Reader, layer: Any, inputs: list[str], call: Call) ->
 @reads("Rescaling")
 def read_rescaling(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
     """`x * scale + offset`."""
-    size = r.shape(inputs[0])[-1]
-    return _constant_affine(r, layer, inputs, call, np.broadcast_to(layer.scale, (size,)), layer.offset)
+    scale, offset = np.asarray(layer.scale, np.float64), np.asarray(layer.offset, np.float64)
+    if any(v.ndim and v.size != v.shape[-1] for v in (scale, offset)):
+        return r.unknown(layer, inputs, call, "rescaling must be by one number, or by one per channel of the last axis")
+    return _constant_affine(r, layer, inputs, call, scale.ravel(), offset.ravel())
 
 
 @reads("Normalization")
@@ -162,7 +165,8 @@ def read_lambda(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[st
     """A function of the user's: a table if it is elementwise, else read op by op."""
     from kquant.keras_common.composite import expand_here
 
-    kind, attrs = function_kind(r.generation, layer.function)
+    given = dict(layer.arguments or {})  # without any, the function itself may be one that is known by name
+    kind, attrs = function_kind(r.generation, functools.partial(layer.function, **given) if given else layer.function)
     if kind == "opaque" or len(inputs) != 1:
         return expand_here(r, layer, inputs, call)
 
@@ -224,6 +228,7 @@ def read_identity(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[
 
 MERGE = {
     "Add": "add",
+    "Subtract": "sub",
     "Multiply": "mul",
     "Maximum": "maximum",
     "Minimum": "minimum",
@@ -232,18 +237,12 @@ MERGE = {
 
 @reads(*MERGE)
 def read_merge(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
-    """Merges of two tensors; more are a chain and come back through `composite`."""
+    """Merges of two tensors of one rank; others come back through `composite`."""
     from kquant.keras_common.composite import expand_here
 
-    if len(inputs) != 2:
+    if len(inputs) != 2 or len({len(r.shape(t)) for t in inputs}) > 1:
         return expand_here(r, layer, inputs, call)
     return r.add(MERGE[type(layer).__name__], layer, inputs, [call.shape], r.clone(layer))
-
-
-@reads("Subtract")
-def read_subtract(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[str]:
-    """`a - b`."""
-    return r.add("sub", layer, inputs, [call.shape], r.clone(layer))
 
 
 @reads("Concatenate")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kquant.core.int8_spec import RESIZED
+from kquant.keras_common.copied import set_weights
 from kquant.keras_common.generation import Call, Source
 from kquant.keras_common.handlers import reads, reads_own, weight
 from kquant.keras_common.read_layers import activation, not_channels_last
@@ -94,6 +96,8 @@ def read_linear(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[st
     """A layer with a kernel; its activation becomes an op of its own."""
     kind, attrs = KINDS[type(layer).__name__](layer)
     reason = _why_opaque(layer, kind) or attrs.get("reason")
+    if kind == "conv2d_transpose" and None in call.shape[1:-1]:
+        reason = reason or RESIZED
     if kind == "embedding" and any(inputs[0] in op.outputs for op in r.ops):
         reason = reason or NOT_IDS
     if "contracted" in attrs:
@@ -102,8 +106,21 @@ def read_linear(r: Reader, layer: Any, inputs: list[str], call: Call) -> list[st
         return r.unknown(layer, inputs, call, reason)
     split = hasattr(layer, "activation") and r.generation.known_function(layer.activation) != "linear"
     source = r.clone(layer, activation=None) if split else r.clone(layer)
-    outputs = _add_linear(r, layer, layer, kind, attrs, inputs, call, source, None)
+    run = _alone(source) if split else None
+    outputs = _add_linear(r, layer, layer, kind, attrs, inputs, call, source, run)
     return activation(r, layer, layer.activation, outputs) if split else outputs
+
+
+def _alone(source: Source) -> Callable:
+    """What a layer computes before its activation function, which is an op of its own."""
+
+    def run(values: Any, float_weights: bool = False) -> list[Any]:
+        plain = source.build()
+        plain.build(tuple(values[0].shape))
+        set_weights(plain, source.weights())
+        return [source.invoke(plain, values)]
+
+    return run
 
 
 @reads_own("QuantizedLayer")

@@ -14,11 +14,12 @@ import tensorflow as tf
 
 from kquant.core.constants import ARITHMETIC
 from kquant.core.graph import Weight
+from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.functions import NAMED, is_elementwise
 from kquant.keras_common.generation import Call
 from kquant.keras_common.reader import Reader
 
-OpHandler = Callable[[Reader, Call, list[str], str, dict], list[str]]
+OpHandler = Callable[[Reader, Call, list[str], str, Arguments], list[str]]
 OPERATIONS: dict[str, OpHandler] = {}
 
 
@@ -32,11 +33,17 @@ def reads(*names: str) -> Callable[[OpHandler], OpHandler]:
     return enter
 
 
-def read_operation(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def read_operation(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     """Read one call of an operation; an unknown one that proves elementwise is a table, another one is refused."""
     handler = OPERATIONS.get(name)
     if handler is not None:
-        return handler(r, call, inputs, name, args)
+        mark = r.mark()
+        outputs = handler(r, call, inputs, name, args)
+        lost = args.left()
+        if not lost or any(op.kind == "opaque" for op in r.ops[mark[0] :]):
+            return outputs
+        r.undo(mark)
+        return refused(r, call, inputs, f"{name} is not read with {', '.join(lost)} other than by default")
     shown = name or call.layer.name
     if len(inputs) == 1 and call.shape == r.generation.shape(call.inputs[0]) and _elementwise(call):
         return add(r, call, inputs, "elementwise", {"fn": f"keras.ops.{shown}"})
@@ -83,7 +90,7 @@ BINARY = {
 
 
 @reads(*BINARY)
-def _binary(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _binary(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     kind = BINARY[name]
     pair = [args["x1"], args["x2"]]
     if any(r.generation.is_variable(v) for v in pair):
@@ -105,7 +112,7 @@ def _binary(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> 
         if value.size > 1:
             return rewritten(r, call, inputs, lambda x: r.operations.multiply(x, np.float32(1.0) / value))
         kind, value = "mul", np.float32(1.0) / value
-    if value.size > 1 and value.size == value.shape[-1] == call.shape[-1]:
+    if value.size > 1 and value.size == value.shape[-1] == r.shape(inputs[0])[-1]:
         return _per_channel(r, call, inputs, kind, value.ravel().astype(np.float64), position)
     constant = r.constant(value.reshape(value.shape or (1,)), call.layer.name)
     operands = [constant, inputs[0]] if position == 0 else [inputs[0], constant]
@@ -131,7 +138,7 @@ def _with_variable(r: Reader, call: Call, inputs: list[str], kind: str, pair: li
     shape, rank = tuple(variable.shape), len(call.shape)
     if kind not in ARITHMETIC or len(shape) > rank or (len(shape) == rank and shape[0] != 1):
         return refused(r, call, inputs, f"{kind} with a trainable array of shape {shape} has no integer form")
-    channels, size = call.shape[-1], int(np.prod(shape))  # a single value stays one: a vector would train apart
+    channels, size = r.shape(inputs[0])[-1], int(np.prod(shape))  # a single value stays one: a vector would train apart
     per_channel = kind != "sub" and size == channels and shape[-1:] == (channels,)
     dtype = call.layer.dtype_policy if hasattr(call.layer, "dtype_policy") else None
 
@@ -175,12 +182,12 @@ def trained(
 
 
 @reads("AddN")
-def _add_n(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _add_n(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     return rewritten(r, call, inputs, lambda *xs: functools.reduce(r.operations.add, xs))
 
 
 @reads("SquaredDifference")
-def _squared_difference(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _squared_difference(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     b = args["x2"]
     if len(inputs) == 1 and r.generation.is_symbolic(b):
         return refused(r, call, inputs, "a squared difference from a constant is read with the tensor first")
@@ -196,25 +203,25 @@ def _squared_difference(r: Reader, call: Call, inputs: list[str], name: str, arg
 
 
 @reads("Relu", "Relu6", "Sigmoid", "Tanh")
-def _named(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _named(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     kind, attrs = NAMED[name.lower()]
     return add(r, call, inputs, kind, dict(attrs))
 
 
 @reads("Gelu")
-def _gelu(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _gelu(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     return add(r, call, inputs, "elementwise", {"fn": "gelu_tanh" if args["approximate"] else "gelu"})
 
 
 @reads("Softmax")
-def _softmax(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _softmax(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     if not isinstance(args["axis"], int):
         return refused(r, call, inputs, "softmax over several axes has no kernel; reshape them to one")
     return add(r, call, inputs, "softmax", {"axis": args["axis"]})
 
 
 @reads("Clip")
-def _clip(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _clip(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     low, high = args["x_min"], args["x_max"]
     if np.ndim(low) or np.ndim(high) or r.generation.is_symbolic(low) or r.generation.is_symbolic(high):
         return refused(r, call, inputs, "a clip with limits per element has no integer form")
@@ -224,12 +231,12 @@ def _clip(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
 
 
 @reads("Cast")
-def _cast(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _cast(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     if "float" not in str(args["dtype"]):
         return refused(r, call, inputs, "a cast to integers is not a quantizable op")
     return add(r, call, inputs, "identity")
 
 
 @reads("StopGradient", "Identity")
-def _identity(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _identity(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     return add(r, call, inputs, "identity")

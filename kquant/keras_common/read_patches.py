@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.generation import Call
 from kquant.keras_common.read_ops import reads, refused, rewritten
 from kquant.keras_common.reader import Reader
@@ -13,7 +14,7 @@ PLACED = "needs images of known size, channels last"
 
 
 @reads("ExtractPatches")
-def _extract_patches(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _extract_patches(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     """Rows of the patches one below the other, then columns; where patches do not overlap, this is the image itself."""
     shape, size, dilation = r.shape(inputs[0]), _pair(args["size"]), _pair(args["dilation_rate"])
     if len(shape) != 4 or len(size) != 2 or None in shape[1:] or args.get("data_format") == "channels_first":
@@ -47,7 +48,7 @@ def _pair(value: Any) -> tuple[int, ...]:
 
 
 @reads("DepthToSpace")
-def _depth_to_space(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _depth_to_space(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     shape, block = r.shape(inputs[0]), int(args["block_size"])
     if None in shape[1:] or args["data_format"] != "NHWC":
         return refused(r, call, inputs, f"depth_to_space {PLACED}")
@@ -63,7 +64,7 @@ def blocks_of_pixels(ops: Any, x: Any, shape: Sequence[int], block: int) -> Any:
 
 
 @reads("SpaceToDepth")
-def _space_to_depth(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _space_to_depth(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     block = int(args["block_size"])
     patches = {"size": block, "strides": block, "dilation_rate": 1, "padding": "valid"}
     if args["data_format"] != "NHWC":

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.generation import Call
 from kquant.keras_common.read_ops import add, reads, refused, rewritten, trained
 from kquant.keras_common.reader import Reader
@@ -38,9 +39,10 @@ def _dense(r: Reader, call: Call, inputs: list[str], operand: Any, apply: Any) -
 
 
 @reads("Matmul")
-def _matmul(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _matmul(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     a, b = args["x1"], args["x2"]
-    turned = [bool(args.get(f"transpose_{side}")) for side in "ab"]
+    # Of real numbers the adjoint is the transpose.
+    turned = [bool(args.get(f"transpose_{side}")) or bool(args.get(f"adjoint_{side}")) for side in "ab"]
     if any(turned) and len(inputs) == 2:
 
         def turn(x: Any, wanted: bool) -> Any:
@@ -81,7 +83,7 @@ def _with_matrix(r: Reader, call: Call, inputs: list[str], a: Any, b: Any, turne
 
 
 @reads("Dot", "Tensordot")
-def _dot(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _dot(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     """With a constant matrix: over the last axis of the tensor, which is a product of matrices."""
     a, b = args["x1"], args["x2"]
     axes = args.get("axes", 1)
@@ -111,7 +113,7 @@ def _letters(subscripts: str, ranks: list[int]) -> tuple[list[str], str]:
 
 
 @reads("Einsum")
-def _einsum(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _einsum(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     """Sums and orders of one tensor; of two: batch letters first, then one matrix product, then the wanted order."""
     subscripts = args["subscripts"]
     operands = args.get("operands", args.get("inputs", ()))

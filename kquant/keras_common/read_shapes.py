@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kquant.core.int8_spec import RESIZED
+from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.concrete import stretched
 from kquant.keras_common.generation import Call
 from kquant.keras_common.read_ops import add, reads, refused, rewritten
@@ -19,7 +20,7 @@ REDUCTIONS |= {"Amax": "reduce_max", "Amin": "reduce_min"}
 
 
 @reads(*REDUCTIONS)
-def _reduce(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _reduce(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     rank = len(r.shape(inputs[0]))
     axis = args["axis"]
     axes = tuple(range(rank)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
@@ -30,7 +31,8 @@ def _reduce(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> 
 
 
 @reads("Reshape", "Squeeze", "ExpandDims", "Ravel", "Flatten")
-def _reshape(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _reshape(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
+    args.all_read()
     if len(inputs) == 1:
         return add(r, call, inputs, "reshape")
     sizes = [-1 if n is None else n for n in call.shape]  # some were given as sizes of a tensor
@@ -41,13 +43,13 @@ def _reshape(r: Reader, call: Call, inputs: list[str], name: str, args: dict) ->
 
 
 @reads("Shape")
-def _shape(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _shape(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     """The shape of a tensor, which only reshapes read: it is no tensor of the artifact."""
     return [r.aside(f"{inputs[0]}/shape", call)]
 
 
 @reads("Resize")
-def _resize(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _resize(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     kinds = {"nearest": "resize_nearest", "bilinear": "resize_bilinear"}
     extra = ("antialias", "crop_to_aspect_ratio", "pad_to_aspect_ratio", "preserve_aspect_ratio")
     if args["interpolation"] not in kinds or any(args.get(k) for k in extra) or len(call.shape) != 4:
@@ -58,7 +60,7 @@ def _resize(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> 
 
 
 @reads("Transpose", "Swapaxes", "Moveaxis")
-def _transpose(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _transpose(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     order = np.arange(len(r.shape(inputs[0])))
     if name == "Transpose":
         perm = order[::-1] if args["axes"] is None else np.asarray(args["axes"]) % order.size
@@ -73,14 +75,14 @@ def _transpose(r: Reader, call: Call, inputs: list[str], name: str, args: dict) 
 
 
 @reads("Concatenate")
-def _concatenate(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _concatenate(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     if not all(r.generation.is_symbolic(x) for x in args["xs"]):
         return refused(r, call, inputs, "a concatenation with constants has no integer form")
     return add(r, call, inputs, "concat", {"axis": args["axis"] % len(r.shape(inputs[0]))})
 
 
 @reads("Stack")
-def _stack(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _stack(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     axis = args["axis"]
 
     def function(*xs: Any) -> Any:
@@ -90,7 +92,8 @@ def _stack(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> l
 
 
 @reads("Split")
-def _split(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _split(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
+    args.all_read()  # the shapes of the parts say how many there are
     axis = args["axis"] % len(r.shape(inputs[0]))
     ends = np.cumsum([shape[axis] for shape in call.shapes])
 
@@ -102,7 +105,7 @@ def _split(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> l
 
 
 @reads("GetItem")
-def _get_item(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _get_item(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     if inputs[0] in r.asides and inputs[0] not in r.turned:
         return [r.aside(f"{inputs[0]}/part", call)]
     # A model that was saved and loaded has its tuples as lists; TensorFlow takes the one for the other.
@@ -148,7 +151,7 @@ def _with_new_axes(r: Reader, call: Call, inputs: list[str], key: tuple) -> list
 
 
 @reads("MaxPool", "AveragePool")
-def _pool(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _pool(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     rank = len(r.shape(inputs[0])) - 2
     form = f"{'Max' if name == 'MaxPool' else 'Average'}Pooling{rank}D"
     layer = getattr(r.generation.layers, form, None)
@@ -159,7 +162,7 @@ def _pool(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
 
 
 @reads("Flip")
-def _flip(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _flip(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     rank = len(r.shape(inputs[0]))
     axes = range(rank) if args["axis"] is None else np.atleast_1d(args["axis"]) % rank
     key = tuple(slice(None, None, -1 if i in axes else None) for i in range(rank))
@@ -167,7 +170,8 @@ def _flip(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
 
 
 @reads("Unstack")
-def _unstack(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _unstack(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
+    args.all_read()
     axis = args["axis"] % len(r.shape(inputs[0]))
     if inputs[0] in r.turned:
         return unstacked(r, call, inputs[0], axis)
@@ -176,7 +180,7 @@ def _unstack(r: Reader, call: Call, inputs: list[str], name: str, args: dict) ->
 
 
 @reads("Roll")
-def _roll(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _roll(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     shift, axis = args["shift"], args["axis"]
     shape = r.shape(inputs[0])
     shifts = np.atleast_1d(shift).tolist()
@@ -195,7 +199,7 @@ def _roll(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
 
 
 @reads("Pad")
-def _pad(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _pad(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     mode, pads = args["mode"], np.asarray(args["pad_width"])
     pads = np.broadcast_to(pads, (len(r.shape(inputs[0])), 2))
     paddings = tuple((int(a), int(b)) for a, b in pads)
@@ -208,7 +212,7 @@ def _pad(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> lis
 
 
 @reads("Tile")
-def _tile(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _tile(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     repeats = (args["repeats"],) if isinstance(args["repeats"], int) else tuple(args["repeats"])
     rank = len(r.shape(inputs[0]))
     if len(repeats) > rank:
@@ -219,7 +223,7 @@ def _tile(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> li
 
 
 @reads("BroadcastTo")
-def _broadcast_to(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _broadcast_to(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     shape = r.shape(inputs[0])
     if not set(inputs[1:]) <= r.asides or len(shape) != len(call.shape) or None in call.shape[1:]:
         return refused(r, call, inputs, "broadcast_to is read where it keeps the rank, to known sizes")
@@ -228,8 +232,12 @@ def _broadcast_to(r: Reader, call: Call, inputs: list[str], name: str, args: dic
 
 
 @reads("Take")
-def _take(r: Reader, call: Call, inputs: list[str], name: str, args: dict) -> list[str]:
+def _take(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     if len(inputs) != 1 or not r.generation.is_symbolic(args["x"]) or args["axis"] in (None, 0):
         return refused(r, call, inputs, "take needs constant indices on an axis other than the batch")
-    rank = len(r.shape(inputs[0]))
-    return add(r, call, inputs, "gather", {"axis": args["axis"] % rank, "indices": np.asarray(args["indices"])})
+    axis, indices = args["axis"] % len(r.shape(inputs[0])), np.asarray(args["indices"])
+    size = r.shape(inputs[0])[axis]
+    if size is None and indices.min(initial=0) < 0:
+        return refused(r, call, inputs, "take with negative indices needs an axis of known size")
+    indices = np.where(indices < 0, indices + (size or 0), indices)  # the kernel counts from the start only
+    return add(r, call, inputs, "gather", {"axis": axis, "indices": indices})

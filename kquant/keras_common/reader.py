@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kquant.core.errors import ModelError
+from kquant.core.errors import ModelError, UnsupportedError
 from kquant.core.graph import Graph, Op, Tensor, Weight
 from kquant.keras_common.generation import Call, Generation, Source
 from kquant.keras_common.masks import Masks
@@ -23,6 +23,7 @@ from kquant.keras_common.mixed import check_layer, check_model
 from kquant.keras_common.regularized import regularized, unchanged
 from kquant.keras_common.subclassed import empty
 
+SIZES = "computes with sizes that are known only when the model runs, and the artifact has no such tensor"
 NOT_IDS = "its ids must be an input of the model that is nothing else"
 
 
@@ -48,6 +49,7 @@ class Reader:
         self.masks = Masks(generation)
         self.turned: dict[str, Any] = {}  # tensors whose batch is not the first axis, of which only parts are read
         self.scope = _Scope()
+        self.places: list[tuple[str, Any, str]] = []  # of the walk's outermost model: layer, symbolic tensor, tensor
         self._ids: Counter[str] = Counter()
         self._expanded: dict[Any, Any] = {}
         self._handlers = _handlers(generation)
@@ -113,6 +115,20 @@ class Reader:
         self.gains[tensor] = norm
         return tensor
 
+    def mark(self) -> tuple[int, int]:
+        """How much was read until now."""
+        return len(self.ops), len(self.tensors)
+
+    def undo(self, mark: tuple[int, int]) -> None:
+        """Forget what was read since."""
+        del self.ops[mark[0] :]
+        for tensor in list(self.tensors)[mark[1] :]:
+            del self.tensors[tensor]
+
+    def asks_for_sizes(self, mark: tuple[int, int]) -> list[str]:
+        """The layers read since whose ops need a size that is known only when the model runs."""
+        return [op.layer for op in self.ops[mark[0] :] if not self.asides.isdisjoint(op.inputs)]
+
     def unique(self, name: str) -> str:
         """`name`, with `#2`, `#3` ... when it was used before."""
         self._ids[name] += 1
@@ -168,6 +184,8 @@ class Reader:
         for call in calls:
             outputs = self.call(call, [known[id(t)] for t in call.inputs])
             known.update(zip(map(id, call.outputs), outputs, strict=True))
+            if self.scope == _Scope():
+                self.places += [(call.layer.name, *pair) for pair in zip(call.outputs, outputs, strict=True)]
         return [self._whole(known[id(t)]) for t in model.outputs]
 
     def _whole(self, tensor: str) -> str:
@@ -212,9 +230,13 @@ class Reader:
             return self.add("identity", layer, inputs, call.shapes, self.clone(layer), call=unchanged)
         if isinstance(parts, str):
             return self.unknown(layer, inputs, call, parts)
-        path = "/".join((*self.scope.path, layer.name))
+        path, mark = "/".join((*self.scope.path, layer.name)), self.mark()
         with self.inside(layer.name, (path, type(layer).__name__)):
-            return self.function(parts, inputs)
+            outputs = self.function(parts, inputs)
+        if not self.asks_for_sizes(mark):
+            return outputs
+        self.undo(mark)
+        return self.unknown(layer, inputs, call, f"it {SIZES}")
 
     def unknown(self, layer: Any, inputs: list[str], call: Call, reason: str) -> list[str]:
         """A layer that has no integer form; it can only stay in float."""
@@ -260,6 +282,11 @@ def read(generation: Generation, model: Any) -> Graph:
     Raises:
         ModelError: not a model of this generation, not built, empty, or not readable.
     """
+    return traced(generation, model)[0]
+
+
+def traced(generation: Generation, model: Any) -> tuple[Graph, Any, list[tuple[str, Any, str]]]:
+    """As `read`; also the functional form that was walked, and for each symbolic tensor in it its layer and tensor."""
     check_model(generation, model, f"a built {generation.package}.Model ({generation.title})")
     reader = Reader(generation)
     form = generation.functional(model)
@@ -270,12 +297,17 @@ def read(generation: Generation, model: Any) -> Graph:
         reader.tensors[name] = Tensor(name, generation.shape(tensor), generation.dtype(tensor))
         inputs.append(name)
     outputs = reader.function(form, inputs)
+    asking = reader.asks_for_sizes((0, 0))
+    if asking:
+        raise UnsupportedError(
+            f"layer {asking[0]!r}", f"it {SIZES}", fix="Make the array for one sample; it broadcasts"
+        )
     if not reader.ops:
         raise empty(model)
     for name in inputs:
         _settle_dtype(reader, name)
     names = tuple(dict.fromkeys(_output_names(generation, form)))
-    return Graph(
+    graph = Graph(
         tuple(reader.ops),
         reader.tensors,
         tuple(inputs),
@@ -284,6 +316,7 @@ def read(generation: Generation, model: Any) -> Graph:
         tuple(inputs),
         names if len(names) == len(outputs) else tuple(f"output_{i}" for i in range(len(outputs))),
     )
+    return graph, form, reader.places
 
 
 def _check_dtypes(model: Any) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from tensorflow.python.util import tf_export
 
+from kquant.keras_common.arguments import Arguments
+
 BINARY = {"x": "x1", "y": "x2"}
 REDUCE = {"input_tensor": "x", "keep_dims": "keepdims"}
 
@@ -85,13 +87,15 @@ def symbol_of(function: Any) -> str:
     return (name or "").removeprefix("compat.v1.")
 
 
-def bound(symbol: str, function: Callable, args: tuple, kwargs: dict) -> tuple[str, dict]:
+def bound(symbol: str, function: Callable, args: tuple, kwargs: dict) -> tuple[str, Arguments]:
     """The operation that a call of the function with this symbol is, and the arguments by their names there."""
     name, renamed = TABLE[symbol]
-    given = inspect.signature(function).bind(*args, **kwargs)
+    signature = inspect.signature(function)
+    given = signature.bind(*args, **kwargs)
     given.apply_defaults()
     values = {renamed.get(k, k): v for k, v in given.arguments.items() if k != "name"}
-    return name, FIXES.get(name, lambda values: values)(values)
+    defaults = {renamed.get(k, k): p.default for k, p in signature.parameters.items() if p.default is not p.empty}
+    return name, Arguments(FIXES.get(name, lambda values: values)(values), defaults)
 
 
 def not_taken(symbol: str, function: Callable, args: tuple, kwargs: dict, taken: Collection[str]) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 from kquant.core.affine import INT16_MAX, bias_codes, bias_unit
 from kquant.core.errors import UnsupportedError
 from kquant.core.fold import check_bias
-from kquant.core.int8_spec import INT4_SHIFT, ROWS
+from kquant.core.int8_spec import INT4_SHIFT, RESIZED, ROWS
 from kquant.core.integer import IntOp
 from kquant.core.target import TFLITE
 from kquant.core.widen import BIAS_LIMIT, most_gain
@@ -227,6 +227,8 @@ def _output_shape(e: Emitter, op: IntOp, source: int, shape: Any) -> int:
     """The int32 output shape: a constant, or with the batch of the input where that is dynamic."""
     if None not in shape:
         return e.ints(f"{op.id}/output_shape", shape)
+    if None in shape[1:]:
+        raise UnsupportedError(f"layer {op.id!r}", RESIZED, shape, "State the size as integers")
     whole = e.helper(f"{op.id}/input_shape", (4,), "int32")
     batch = e.helper(f"{op.id}/batch", (1,), "int32")
     result = e.helper(f"{op.id}/output_shape", (4,), "int32")

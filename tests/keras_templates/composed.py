@@ -293,11 +293,23 @@ def test_a_recurrent_layer_is_refused_with_its_exclusion_and_unrolling(kind, wra
     assert "unroll" not in str(error.value)
 
 
-@pytest.mark.parametrize("make", [lambda: layers.UpSampling2D(2, name="up"), lambda: layers.UpSampling1D(2, name="up")])
-def test_a_resize_of_unknown_size_is_refused_by_the_plan(make):
-    shape = (None, None, 3) if "2D" in type(make()).__name__ else (None, 3)
+GROWING = {
+    "UpSampling2D": "RESIZE_NEAREST_NEIGHBOR",
+    "UpSampling1D": "RESIZE_NEAREST_NEIGHBOR",
+    "Conv2DTranspose": "TRANSPOSE_CONV",
+    "Conv1DTranspose": "TRANSPOSE_CONV",
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_an_output_of_unknown_size_is_refused_by_the_plan(kind):
+    def make():
+        sizes = (3, 2) if "Conv" in kind else (2,)
+        return getattr(layers, kind)(*sizes, name="up")
+
+    shape = (None, None, 3) if "2D" in kind else (None, 3)
     x = keras.Input(shape)
     with pytest.raises(UnsupportedError, match=r"layer 'up'.*known output size.*fixed input size"):
         kquant.plan(keras.Model(x, make()(x)))
     fixed = keras.Input([4 if n is None else n for n in shape])
-    assert [r.kernel for r in kquant.plan(keras.Model(fixed, make()(fixed))).rows] == ["RESIZE_NEAREST_NEIGHBOR"]
+    assert [r.kernel for r in kquant.plan(keras.Model(fixed, make()(fixed))).rows] == [GROWING[kind]]

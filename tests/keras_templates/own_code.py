@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from keras_generation import IS_KERAS3, keras, layers, ops
 
+import kquant
 from keras_templates.bad_input import refused
 from keras_templates.composed import computed
 from keras_templates.edges import exported
@@ -309,3 +310,49 @@ def test_tensorflow_refuses_symbolic_tensors_elsewhere():
             tf.nn.relu(x)
     else:
         assert type(tf.nn.relu(x)).__name__ == "KerasTensor"
+
+
+# -- classes that change nothing of what a layer computes -------------------------------------------------------------
+
+
+@keras.utils.register_keras_serializable(package="kquant-tests")
+class SameConv(layers.Conv2D):
+    """Other defaults, as many code bases have them."""
+
+    def __init__(self, filters, kernel_size=3, padding="same", **kwargs):
+        super().__init__(filters, kernel_size, padding=padding, **kwargs)
+
+
+@keras.utils.register_keras_serializable(package="kquant-tests")
+class Norm(layers.BatchNormalization):
+    pass
+
+
+def test_a_layer_that_is_only_named_anew_is_the_layer(tmp_path):
+    image = keras.Input((8, 8, 3), name="image")
+    y = Norm(name="norm")(SameConv(4, strides=2, activation="relu", name="conv")(image))
+    model = keras.Model(image, layers.Dense(2, name="head")(layers.Flatten()(y)))
+    x = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype("float32")
+    config = [{"q_bits": 8, "op_types": ["default"]}, {"q_bits": 4, "op_types": ["SameConv"]}]
+    qmodel = kquant.quantize_model(model, config, calibration_data=x)
+    rows = {row.layer: row.weight for row in kquant.plan(model, config).rows}
+    assert rows["conv"] == "qat 4 bit" and rows["head"] == "qat 8 bit"
+    kquant.export_tflite(qmodel, tmp_path / "m.tflite")
+    assert kquant.audit(tmp_path / "m.tflite").fully_integer
+    assert kquant.verify(qmodel, tmp_path / "m.tflite", x).ok
+
+
+def test_a_model_at_every_time_step(tmp_path):
+    image = keras.Input((8, 8, 3))
+    y = layers.GlobalAveragePooling2D()(layers.BatchNormalization()(layers.Conv2D(4, 3, activation="relu")(image)))
+    frames = keras.Input((5, 8, 8, 3), name="frames")
+    y = layers.TimeDistributed(keras.Model(image, y, name="each"), name="over_time")(frames)
+    model = keras.Model(frames, layers.Dense(2, name="head")(layers.Flatten()(y)))
+    x = np.random.default_rng(0).normal(size=(16, 5, 8, 8, 3)).astype("float32")
+    qmodel = kquant.quantize_model(model, calibration_data=x)
+    expected = np.asarray(model(x))
+    # Five roundings to 8 bits on the way.
+    np.testing.assert_allclose(np.asarray(qmodel(x)), expected, atol=5 * np.ptp(expected) / 255)
+    kquant.export_tflite(qmodel, tmp_path / "m.tflite")
+    assert kquant.audit(tmp_path / "m.tflite").fully_integer
+    assert kquant.verify(qmodel, tmp_path / "m.tflite", x).ok
