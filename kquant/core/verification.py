@@ -100,13 +100,13 @@ class Verification:
         return raw[name] if affine is None else affine.dequantize(raw[name])
 
     def _compare(self, op: IntOp, raw: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> None:
+        if op.kind == "quantize" and not _is_real(raw.get(op.inputs[0])):
+            return  # the boundary takes codes, so nothing was quantized here
         values: dict[str, Any] = {}
-        entry, affine = op.parts[0].inputs[0], self.model.tensors[op.inputs[0]].affine
-        if op.parts[0].kind == "fake_quant" and np.asarray(raw.get(entry, 0)).dtype.kind != "f":
-            if op.kind == "quantize":
-                return  # the boundary takes codes, so nothing was quantized here
-            if entry in self.graph.inputs and affine is not None:
-                values[entry] = affine.dequantize(raw[op.inputs[0]])  # few bits clamp those codes
+        if op.kind == "clamp" and op.parts[0].kind == "fake_quant":
+            entry, held = op.parts[0].inputs[0], self.model.tensors[op.inputs[0]].affine
+            if entry in self.graph.inputs and held is not None and not _is_real(raw.get(entry)):
+                values[entry] = held.dequantize(raw[op.inputs[0]])  # few bits clamp the codes that came in
         for part in op.parts:
             inputs = [values[t] if t in values else self._real(t, raw) for t in part.inputs]
             values.update(zip(part.outputs, part.call(inputs), strict=True))
@@ -184,6 +184,10 @@ class Verification:
             self.agree / self.ranked if self.ranked else None, snr_db(self.signal, self.noise), self.samples, checked,
             problems, rows,
         )  # fmt: skip
+
+
+def _is_real(value: np.ndarray | None) -> bool:
+    return value is not None and value.dtype.kind == "f"
 
 
 def _kind(op: IntOp) -> str:
