@@ -187,6 +187,8 @@ def _layer_norm(g: Generation, layer: Any, inputs: list[Any], call: Call) -> Any
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     if [a % len(x.shape) for a in axes] != [len(x.shape) - 1]:
         return "layer normalization must be over the last axis"
+    if getattr(layer, "rms_scaling", False):  # divided by the deviation, and the mean left in
+        return "layer normalization is read without rms_scaling; use RMSNormalization"
     return _affine(g, layer, _standardize(g, layer, x, (-1,)))
 
 

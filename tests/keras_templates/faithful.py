@@ -84,6 +84,15 @@ def test_an_argument_that_nobody_reads_is_refused_by_its_name(name):
     refused(UnsupportedError, (*words, "by default"), kquant.quantize_model, model)
 
 
+@pytest.mark.skipif(not IS_KERAS3, reason="tf_keras has no such argument")
+def test_a_normalization_that_is_two_in_one_is_refused():
+    x = keras.Input((4,), name="x")
+    with pytest.warns(UserWarning, match="rms_scaling"):
+        layer = layers.LayerNormalization(rms_scaling=True, name="norm")
+    model = keras.Model(x, layers.Dense(2)(layer(x)))
+    refused(UnsupportedError, ("'norm'", "RMSNormalization"), kquant.quantize_model, model)
+
+
 # -- graph and model side by side -------------------------------------------------------------------------------------
 
 
