@@ -12,7 +12,7 @@ from torch import nn
 
 from kquant.core.calibration import calibrate as calibrate_graph
 from kquant.core.config import Candidate, Entry, match, parse
-from kquant.core.errors import ConfigError, ModelError, check_choice
+from kquant.core.errors import ConfigError, ModelError, UnsupportedError, check_choice
 from kquant.core.graph import Op
 from kquant.core.int8_spec import ROWS
 from kquant.core.observers import CHOICES
@@ -85,8 +85,16 @@ def _read(model: nn.Module, example_inputs: Any) -> tuple[Reading, Any]:
     """A model that was read, and how to attach a plan to it."""
     try:
         return read_code(model, example_inputs), attach
-    except NotTraceable:
-        return read_untraced(model, Inputs(model, example_inputs)), attach_hooks
+    except NotTraceable as error:
+        reading = read_untraced(model, Inputs(model, example_inputs))
+        if all("where" in op.attrs for op in reading.graph.ops):
+            raise UnsupportedError(
+                f"model {type(model).__name__!r}",
+                "layers that are modules, or a forward that torch.fx can trace",
+                str(error),
+                "Write its functions as layers, or what it does in training only as a module",
+            ) from error
+        return reading, attach_hooks
 
 
 def _check_model(model: Any, example_inputs: Any) -> None:

@@ -134,3 +134,16 @@ def test_writing_into_a_part_of_a_tensor_is_not_lost():
         with torch.no_grad():
             noise = (qmodel(x) - model(x)).square().mean() / model(x).square().mean()
         assert float(noise) < 1e-3, view
+
+
+def test_without_layers_the_reason_is_named():
+    class Functions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight) if x.sum() > 0 else x[:, :3]
+
+    with pytest.raises(kquant_torch.UnsupportedError, match=r"layers that are modules.*depends on the values"):
+        kquant_torch.wrap(Functions(), example_inputs=torch.ones(2, 4))
