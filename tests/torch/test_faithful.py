@@ -168,3 +168,19 @@ def test_a_module_is_read_with_all_its_settings():
     for layer, (_, attributes) in AS_FUNCTION.items():
         missing = set(getattr(layer, "__constants__", ())) - set(attributes) - unread
         assert not missing, f"{layer.__name__}: {missing}"
+
+
+def test_a_difference_on_one_batch_only_is_a_rounding(tmp_path):
+    """One value that is rounded the other way, which moves an output of few bits far; and one on every batch."""
+    qmodel = kt.wrap(net(), example_inputs=image(), calibration_data=image())
+    shown = image().flip(-1).sum()
+
+    def on_one(module, inputs, output):
+        return output * 2.0 if torch.isclose(inputs[0].sum(), shown) else output
+
+    handle = qmodel.register_forward_hook(on_one)
+    kt.export_torchscript(qmodel, tmp_path / "model.pt", example_inputs=image())
+    handle.remove()
+    qmodel.register_forward_hook(doubled)
+    with pytest.raises(kt.UnsupportedError, match="behind the last layer"):
+        kt.export_torchscript(qmodel, tmp_path / "other.pt", example_inputs=image())
