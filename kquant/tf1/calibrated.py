@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ def prepare(value: Any, graph: Graph, data: Any) -> Any:
     Args:
         value: the float graph, a session on it, or a `GraphModel`.
         graph: as it was read.
-        data: for calibration. Of an iterator only the first batch can be looked at.
+        data: for calibration. An iterator is read to its end and kept, since any of its batches may not fit.
 
     Returns:
         The data to calibrate with.
@@ -39,11 +38,8 @@ def prepare(value: Any, graph: Graph, data: Any) -> Any:
     operations = [model.graph.get_operation_by_name(n) for n in read_with_source(model)[1].needed]
     model.values.get(sorted(op.name for op in operations if op.type in (RESOURCE, *REFERENCES)))
     if isinstance(data, Iterator):
-        head = list(islice(data, 1))
-        data = chain(head, data)
-    else:
-        head = data
-    for _ in batches(head, graph):
+        data = list(data)
+    for _ in batches(data, graph):
         pass
     return data
 

@@ -146,7 +146,7 @@ def test_calibration_data_of_the_wrong_shape():
     data = np.zeros((8, 3, 3, 3), np.float32)
     session = net.session()
     count = len(net.graph.get_operations())
-    for bad in (data, [data], iter([data]), []):
+    for bad in (data, [data], iter([data]), iter([X[:32], data]), []):
         refused("shape|batch", kquant.QAT_Quantizer(), net.graph, bad, session=session, error=kquant.CalibrationError)
     assert len(net.graph.get_operations()) == count  # so that it can be tried again
     kquant.QAT_Quantizer()(net.graph, iter([X[:32], X[32:]]), session=session)
