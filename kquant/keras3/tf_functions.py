@@ -94,10 +94,23 @@ def _wide(x: Any, block: int) -> Any:
     return blocks_of_pixels(ops, x, (height, width, channels), int(block))
 
 
+def _convolution(operation: Callable) -> Callable:
+    def convolve(x: Any, kernel: Any, strides: Any, padding: Any, dilation_rate: Any) -> Any:
+        if not isinstance(padding, str):
+            raise UnreadError("a convolution with explicit padding is read as a tf.pad in front of it only")
+        return operation(x, kernel, strides, padding.lower(), dilation_rate=dilation_rate)
+
+    return convolve
+
+
+CONVOLUTION = ("inputs", "kernel", "strides", "padding", "dilation_rate")
+
 # Those that take other arguments than a tensor first, with the names of all that they take.
 OTHER: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "AddN": (lambda xs: functools.reduce(ops.add, xs), ("inputs",)),
     "Concatenate": (lambda xs, axis: ops.concatenate(list(xs), axis), ("xs", "axis")),
+    "Conv": (_convolution(ops.conv), CONVOLUTION),
+    "DepthwiseConv": (_convolution(ops.depthwise_conv), CONVOLUTION),
     "DepthToSpace": (_wide, ("input", "block_size")),
     "Einsum": (lambda equation, xs: ops.einsum(equation, *xs), ("subscripts", "inputs")),
     "Matmul": (_product, ("x1", "x2", "transpose_a", "transpose_b", "adjoint_a", "adjoint_b")),

@@ -43,7 +43,17 @@ def function_kind(generation: Any, function: Any) -> tuple[str, dict]:
 
 def is_elementwise(function: Callable) -> bool:
     """Whether a function of one tensor treats every element by itself."""
-    return elementwise.is_elementwise(lambda x: _run(function, x))
+    return _takes_a_row(function) and elementwise.is_elementwise(lambda x: _run(function, x))
+
+
+def _takes_a_row(function: Callable) -> bool:
+    """Whether it is defined on one axis, asked without running it: some kernels end the process on another rank."""
+    traced = tf.function(lambda x: tf.convert_to_tensor(function(x)), autograph=False)
+    try:
+        traced.get_concrete_function(tf.TensorSpec((8,), tf.float32))
+    except Exception:  # whatever a user's function raises
+        return False
+    return True
 
 
 def _run(function: Callable, x: np.ndarray) -> np.ndarray:

@@ -39,6 +39,7 @@ def handlers_of(generation: Any) -> dict[type, Handler]:
     from kquant.keras_common import (  # noqa: F401  they enter their handlers
         attention,
         read_composed,
+        read_convolutions,
         read_layers,
         read_linear,
         read_patches,

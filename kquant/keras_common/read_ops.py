@@ -181,6 +181,36 @@ def trained(
     return rewritten(r, call, inputs, function)
 
 
+def with_array(
+    r: Reader,
+    call: Call,
+    inputs: list[str],
+    operand: Any,
+    use: Any,
+    make: Callable,
+    values: np.ndarray,
+    apply: Callable | None = None,
+) -> list[str]:
+    """Read a call with an array as a layer of it: a trainable one as `trained` does, a constant one stands still.
+
+    Args:
+        r, call, inputs, use, make, values: as of `trained`.
+        operand: the array.
+        apply: of a constant one, (x, layer) -> the result; by default the layer's.
+    """  # fmt: skip
+    if r.generation.is_variable(operand):
+        return trained(r, call, inputs, operand, use, make, values)
+
+    def function(x: Any) -> Any:
+        layer = make()
+        y = apply(x, layer) if apply else layer(x)
+        layer.set_weights([values])
+        layer.trainable = False
+        return y
+
+    return rewritten(r, call, inputs, function)
+
+
 @reads("AddN")
 def _add_n(r: Reader, call: Call, inputs: list[str], name: str, args: Arguments) -> list[str]:
     return rewritten(r, call, inputs, lambda *xs: functools.reduce(r.operations.add, xs))

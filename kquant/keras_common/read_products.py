@@ -8,7 +8,7 @@ import numpy as np
 
 from kquant.keras_common.arguments import Arguments
 from kquant.keras_common.generation import Call
-from kquant.keras_common.read_ops import add, reads, refused, rewritten, trained
+from kquant.keras_common.read_ops import add, reads, refused, rewritten, with_array
 from kquant.keras_common.reader import Reader
 
 
@@ -18,24 +18,14 @@ def _dense(r: Reader, call: Call, inputs: list[str], operand: Any, apply: Any) -
     Args:
         r, call, inputs: as in a handler.
         operand: a trainable array, which is the matrix itself, or a constant one.
-        apply: (x, dense) -> the result, from the symbolic input and the layer.
+        apply: of a constant one, (x, dense) -> the result, from the symbolic input and the layer.
     """
     matrix = np.asarray(operand, np.float32)
 
     def make() -> Any:
         return r.layers.Dense(matrix.shape[1], use_bias=False, name="dense")
 
-    if r.generation.is_variable(operand):
-        return trained(r, call, inputs, operand, "matmul", make, matrix)
-
-    def function(x: Any) -> Any:
-        layer = make()
-        y = apply(x, layer)
-        layer.set_weights([matrix])
-        layer.trainable = False
-        return y
-
-    return rewritten(r, call, inputs, function)
+    return with_array(r, call, inputs, operand, "matmul", make, matrix, apply)
 
 
 @reads("Matmul")

@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 from tensorflow.python.util import tf_export
 
 from kquant.keras_common.arguments import Arguments
 
 BINARY = {"x": "x1", "y": "x2"}
 REDUCE = {"input_tensor": "x", "keep_dims": "keepdims"}
+CONV = {"input": "inputs", "filters": "kernel", "filter": "kernel", "dilations": "dilation_rate"}
 
 # TensorFlow's symbol -> the operation, and its arguments' names there. A `compat.v1.` in front makes no difference.
 TABLE: dict[str, tuple[str, dict[str, str]]] = {
@@ -55,6 +57,8 @@ TABLE: dict[str, tuple[str, dict[str, str]]] = {
     "math.subtract": ("Subtract", BINARY),
     "math.tanh": ("Tanh", {}),
     "math.truediv": ("Divide", BINARY),
+    "nn.conv2d": ("Conv", CONV),
+    "nn.depthwise_conv2d": ("DepthwiseConv", CONV),
     "nn.bias_add": ("Add", {"value": "x1", "bias": "x2"}),
     "nn.depth_to_space": ("DepthToSpace", {}),
     "nn.l2_normalize": ("Normalize", {}),
@@ -93,7 +97,12 @@ def bound(symbol: str, function: Callable, args: tuple, kwargs: dict) -> tuple[s
     signature = inspect.signature(function)
     given = signature.bind(*args, **kwargs)
     given.apply_defaults()
-    values = {renamed.get(k, k): v for k, v in given.arguments.items() if k != "name"}
+    values: dict[str, Any] = {}
+    for old, value in given.arguments.items():
+        if old != "name" and (
+            value is not None or renamed.get(old, old) not in values
+        ):  # old spellings beside new ones
+            values[renamed.get(old, old)] = value
     defaults = {renamed.get(k, k): p.default for k, p in signature.parameters.items() if p.default is not p.empty}
     return name, Arguments(FIXES.get(name, lambda values: values)(values), defaults)
 
@@ -129,7 +138,20 @@ def _patches(args: dict) -> dict:
     return {**args, "size": inner["sizes"], "strides": inner["strides"], "dilation_rate": inner["rates"]}
 
 
+def _convolution(args: dict) -> dict:
+    spatial = len(args["kernel"].shape) - 2
+    return {**args, **{k: _along(args[k], spatial) for k in ("strides", "dilation_rate")}}
+
+
+def _along(value: Any, spatial: int) -> int | tuple[int, ...]:
+    """A stride or rate per spatial axis, which TensorFlow also takes with those of the batch and the channels."""
+    sizes = [1] if value is None else [int(n) for n in np.ravel(value)]
+    return sizes[0] if len(sizes) == 1 else tuple(sizes[1:-1] if len(sizes) > spatial else sizes)
+
+
 FIXES: dict[str, Callable[[dict], dict]] = {
+    "Conv": _convolution,
+    "DepthwiseConv": _convolution,
     "ExtractPatches": _patches,
     "Normalize": lambda args: {**args, "order": 2},
     "Swapaxes": lambda args: {**args, "axis1": -2, "axis2": -1},
