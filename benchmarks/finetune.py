@@ -12,8 +12,6 @@ import tensorflow as tf
 
 import kquant
 
-BATCH = 64
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -30,6 +28,7 @@ class Recipe:
         freeze_ranges: keep the ranges of the calibration.
         shift: pixels by which an image is moved at most.
         freeze_batch_norm: keep the float model's statistics.
+        batch: images in a step.
         epochs: over the training images.
     """
 
@@ -38,14 +37,15 @@ class Recipe:
     freeze_ranges: bool = False
     shift: int = 0
     freeze_batch_norm: bool = False
+    batch: int = 64
     epochs: int = 3
 
 
 STATISTICS = 2000  # training images for batch norm statistics
-# The best agreement with the float model on held-out training images of those tried; `tune` tries them again.
+# Nearest to the float model on held-out training images of those tried; `tune` tries most of them again.
 RECIPES = {
     "W8A8": Recipe(1e-4),
-    "W4A8": Recipe(1e-3, features=3.0),
+    "W4A8": Recipe(7e-4, features=3.0, batch=32),
     "W4A4": Recipe(1e-3, features=3.0, freeze_ranges=True, shift=2),
 }
 SUMS = ("activation_2", "activation_4", "activation_6")  # the ReLUs behind ResNet8's residual sums
@@ -57,16 +57,16 @@ class Batches:
     The targets are what `teacher` gives for them: one array, or a tuple of them.
     """
 
-    def __init__(self, x: np.ndarray, teacher: Any, shift: int, seed: int):
-        self.x, self.teacher, self.shift = x, teacher, shift
+    def __init__(self, x: np.ndarray, teacher: Any, recipe: Recipe, seed: int):
+        self.x, self.teacher, self.shift, self.batch = x, teacher, recipe.shift, recipe.batch
         self.random = np.random.default_rng(seed)
         self.order = self.random.permutation(len(x))
 
     def __len__(self) -> int:
-        return math.ceil(len(self.x) / BATCH)
+        return math.ceil(len(self.x) / self.batch)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, Any]:
-        chosen = self.order[index * BATCH : (index + 1) * BATCH]
+        chosen = self.order[index * self.batch : (index + 1) * self.batch]
         images = np.stack([self._vary(image) for image in self.x[chosen]])
         targets = self.teacher.predict_on_batch(images)
         return images, tuple(targets) if isinstance(targets, list) else targets
@@ -141,7 +141,7 @@ def finetune(qmodel: keras.Model, teacher: keras.Model, x: np.ndarray, recipe: R
     """
     keras.utils.set_random_seed(seed)
     student, teacher = prepare(qmodel, teacher, x, recipe, keras)
-    data = Augmented(x, teacher, recipe.shift, seed)
+    data = Augmented(x, teacher, recipe, seed)
     decay = keras.optimizers.schedules.CosineDecay(recipe.rate, recipe.epochs * len(data))
     # Without XLA: on two cores its convolutions train slower.
     student.compile(keras.optimizers.Adam(decay), **losses(recipe, keras), jit_compile=False)

@@ -116,7 +116,7 @@ def resnet8(folder: Folder, settings: Settings) -> Iterator[Row]:
     model = load(folder, "resnet8_jpgft_float.h5")
     yield from calibrated("ResNet8", model, images[:CALIBRATION], *held, bar=97.0, drop=0.5)
     recipe, seeds = shortened(RECIPES["W8A8"], settings), 1 if settings.quick else settings.seeds
-    data = partial(Augmented, images, model, recipe.shift)
+    data = partial(Augmented, images, model, recipe)
     yield from beside_tfmot("ResNet8", model, held, images[:CALIBRATION], data, recipe, seeds)
 
 
@@ -141,7 +141,7 @@ def trained(
         tf_keras.utils.set_random_seed(seed)
         qmodel = kquant.quantize_model(model, config, calibration_data=images[:CALIBRATION])
         student, teacher = prepare(qmodel, model, images, recipe, tf_keras)
-        finetune(student, Augmented(images, teacher, recipe.shift, seed), recipe)
+        finetune(student, Augmented(images, teacher, recipe, seed), recipe)
         kquant.reestimate_batch_norm(qmodel, images[:STATISTICS])
         artifacts.append(exported_classes(qmodel, x) == y)
     found = mean_difference(floats, np.array(artifacts))

@@ -156,7 +156,7 @@ def trained(folder: Folder, settings: Settings) -> Iterator[Row]:
 def _one_training(model: keras.Model, images: np.ndarray, x: np.ndarray, seed: int, quick: bool) -> np.ndarray:
     """The classes that a file has after training: Adam, cosine decay to zero, the float model's outputs as targets."""
     recipe, net = RECIPES["W8A8"], written_in_tf(model, training=True)
-    data = Batches(images, model, recipe.shift, seed)
+    data = Batches(images, model, recipe, seed)
     epochs = 1 if quick else recipe.epochs
     with net.graph.as_default():  # the loss reads what the quantizer then quantizes
         targets = v1.placeholder(tf.float32, net.outputs.shape)
