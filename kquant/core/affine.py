@@ -139,6 +139,16 @@ class Affine:
         """Float32 values of integer `codes`."""
         return ((codes.astype(np.int32) - self.zero_point) * self.scale).astype(np.float32)
 
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest value that have a code."""
+        low, high = self.dequantize(np.array([self.qmin, self.qmax], np.int32)).tolist()
+        return low, high
+
+    def beyond(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Which real values (any shape) lie over half a step below the lowest code, and which above the highest."""
+        real = np.asarray(x, np.float64) / self.scale + self.zero_point
+        return real < self.qmin - 0.5, real > self.qmax + 0.5
+
 
 def fake_quantize(x: Any, scale: Any, zero_point: Any, qmin: float, qmax: float, xp: Any = np) -> Any:
     """Quantize and dequantize: `(clip(floor(x/scale + 0.5) + zero_point, qmin, qmax) - zero_point) * scale`.

@@ -110,11 +110,11 @@ def check_limits(kind: str, value: np.ndarray, affine: Affine, name: str) -> Non
     Raises:
         RangeError: a limit that would be another one in the artifact.
     """
-    real = np.asarray(value, np.float64) / affine.scale + affine.zero_point
-    beyond = {"maximum": real > affine.qmax + 0.5, "minimum": real < affine.qmin - 0.5}.get(kind)
+    below, above = affine.beyond(value)
+    beyond = {"maximum": above, "minimum": below}.get(kind)
     if beyond is None or not beyond.any():
         return
-    low, high = affine.dequantize(np.array([affine.qmin, affine.qmax], np.int32)).tolist()
+    low, high = affine.limits()
     raise RangeError(
         f"tensor {name!r}",
         f"limits of the {kind} within the range of what it limits, [{low:.6g}, {high:.6g}]",

@@ -43,9 +43,9 @@ def check_filler(value: float | None, affine: Affine, name: str) -> None:
     Raises:
         RangeError: a number more than half a step beyond the grid.
     """
-    if value is None or affine.qmin - 0.5 <= value / affine.scale + affine.zero_point <= affine.qmax + 0.5:
+    if value is None or not np.any(affine.beyond(value)):
         return
-    low, high = affine.dequantize(np.array([affine.qmin, affine.qmax], np.int32)).tolist()
+    low, high = affine.limits()
     raise RangeError(
         f"tensor {name!r}",
         f"a padding with a number in the range of what it pads, [{low:.6g}, {high:.6g}]",

@@ -99,10 +99,10 @@ def bound(symbol: str, function: Callable, args: tuple, kwargs: dict) -> tuple[s
     given.apply_defaults()
     values: dict[str, Any] = {}
     for old, value in given.arguments.items():
-        if old != "name" and (
-            value is not None or renamed.get(old, old) not in values
-        ):  # old spellings beside new ones
-            values[renamed.get(old, old)] = value
+        new = renamed.get(old, old)
+        # Some functions take an argument by an old name too, which is None where the new one is given.
+        if old != "name" and (value is not None or new not in values):
+            values[new] = value
     defaults = {renamed.get(k, k): p.default for k, p in signature.parameters.items() if p.default is not p.empty}
     return name, Arguments(FIXES.get(name, lambda values: values)(values), defaults)
 

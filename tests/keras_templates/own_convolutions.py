@@ -83,9 +83,9 @@ def test_a_convolution_with_an_array_of_ones_own_is_a_layer(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tf_conv2d", "tf_twice", "tf_depthwise"])
-def test_its_kernel_is_trained_with_quantized_levels(name):
+def test_its_kernel_is_one_and_is_trained(name):
     model, data = model_of(name)
-    qmodel = quantize_model(model, [{"q_bits": 4, "op_types": ["default"]}], calibration_data=data)
+    qmodel = quantize_model(model, calibration_data=data)
     kernels = [w for w in qmodel.trainable_weights if len(w.shape) == 4]
     assert [tuple(w.shape) for w in kernels] == [CASES[name][1].kernel_shape]
     before = kernels[0].numpy()
